@@ -1,0 +1,31 @@
+"""Frames of single clips from a pixels folder, for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.encode import read_document
+from data_pipeline.errors import DataError, Problem
+from data_pipeline.simulate import PIXELS_FILE
+
+
+def read_frames(pixels: Path, keys: Sequence[str]) -> np.ndarray:
+    """Return u8 `[len(keys), F, H, W, 3]`.
+
+    Raises:
+        DataError: the folder is not a complete pixels folder, or lacks a clip.
+    """
+    document = read_document(pixels, PIXELS_FILE, "pixels", "hopescale data simulate")
+    partitions = {clip["key"]: clip["partition"] for clip in document["clips"]}
+    missing = [key for key in keys if key not in partitions]
+    if missing:
+        rule = f"lacks the clips {', '.join(missing)}"
+        raise DataError(Problem("pixels", pixels, rule, "name the folder these features were encoded from"))
+    frames = []
+    for key in keys:
+        with np.load(pixels / partitions[key] / f"{key}.npz", allow_pickle=False) as arrays:
+            frames.append(arrays["frames"])
+    return np.stack(frames)

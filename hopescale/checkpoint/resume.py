@@ -1,0 +1,77 @@
+"""Where a run goes on.
+
+1. No committed checkpoint in the run folder: start at step 0.
+2. Else the newest whose manifest verifies; a damaged one is renamed to *.damaged and the next older is tried.
+3. All damaged: an error (exit code 71), never a silent start from scratch.
+4. The checkpoint's configuration differs in what shapes the training curve: an error that names the fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hopescale.errors import CheckpointError, ConfigError, Problem
+
+from .manager import committed
+from .manifest import verify
+
+CURVE_SECTIONS = ("model", "objective", "optimizer", "data")
+CURVE_FIELDS = ("train.seed", "train.global_batch")
+
+
+def newest_valid(root: Path) -> Path | None:
+    """The checkpoint to resume from, by rules 1-3; call it in one process, before the others read.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole.
+    """
+    candidates = committed(root)
+    reasons = []
+    for folder in candidates:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            reasons.extend(error.problems)
+            folder.rename(folder.with_name(folder.name + ".damaged"))
+        else:
+            return folder
+    if reasons:
+        raise CheckpointError(reasons)
+    return None
+
+
+def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a run under another configuration (rule 4).
+
+    Args:
+        saved: the checkpoint's resolved configuration.
+        current: this run's.
+
+    Raises:
+        ConfigError: all differing fields.
+    """
+    old, new = _flat(saved), _flat(current)
+    fields = sorted(
+        name
+        for name in old.keys() | new.keys()
+        if (name.split(".")[0] in CURVE_SECTIONS or name in CURVE_FIELDS) and name != "data.path"
+    )
+    problems = [
+        Problem(
+            name,
+            new.get(name, "absent"),
+            f"this run folder was trained with {old.get(name, 'no such field')}",
+            "resume with the old value, or start a new run with another run.name",
+        )
+        for name in fields
+        if old.get(name) != new.get(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {name: value for key in tree for name, value in _flat(tree[key], f"{prefix}.{key}".lstrip(".")).items()}

@@ -1,0 +1,161 @@
+"""The `hopescale` command: one sub-command for each thing a user does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hopescale import __version__
+from hopescale.errors import UserError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train HOPE predictors on clips."
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets: pixels, features, shards.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optimizer.lr=1e-3.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Simulate, encode, shard, train on two ranks, evaluate and report: the whole path, on this machine."""
+    from hopescale.demo import run_demo
+
+    _finish(run_demo(overrides or [], progress), as_json)
+
+
+@app.command()
+def train(overrides: Overrides = None) -> None:
+    """Train in this process (one rank). For more: torchrun … -m hopescale.train KEY=VALUE…."""
+    from hopescale.train import main as train_main
+
+    sys.exit(train_main(overrides or []))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Measure a run's newest checkpoint on all held-out clips, with baselines and ablations."""
+    from hopescale.evaluate_run import evaluate_run
+    from hopescale.report.tables import print_result
+
+    result = evaluate_run(run, overrides or [])
+    if not as_json:
+        print_result(result)
+    _finish(result, as_json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+    """Draw a run's figures and write one self-contained HTML page."""
+    from hopescale.report.page import write_report
+
+    page = write_report(run)
+    print(page)
+    _finish({"report": str(page)}, as_json)
+
+
+@data_app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate clips of a pushed block. Settings: num_train num_heldout frames size seed partitions."""
+    from hopescale.data_commands import simulate_pixels
+
+    _finish(simulate_pixels(out, overrides or [], progress), as_json)
+
+
+@data_app.command()
+def encode(
+    pixels: Annotated[Path, typer.Argument(help="Folder of pixels.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the features.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Turn pixels into features. Settings: encoder mode batch_frames."""
+    from hopescale.data_commands import encode_pixels
+
+    _finish(encode_pixels(pixels, out, overrides or [], progress), as_json)
+
+
+@data_app.command()
+def shard(
+    features: Annotated[Path, typer.Argument(help="Folder of features.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Pack features into WebDataset tars with an index. Settings: clips_per_shard seed."""
+    from hopescale.data_commands import shard_features
+
+    _finish(shard_features(features, out, overrides or [], progress), as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def progress(label: str) -> Callable[[int, int], None]:
+    """A bar on a terminal, a line every tenth of the way elsewhere; called with (done, total)."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _plain_progress(label)
+    bar = Progress(
+        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=False
+    )
+    task = bar.add_task(label, total=None)
+    bar.start()
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return update
+
+
+def _plain_progress(label: str) -> Callable[[int, int], None]:
+    printed = -1
+
+    def update(done: int, total: int) -> None:
+        nonlocal printed
+        tenth = 10 * done // max(total, 1)
+        if tenth > printed:
+            printed = tenth
+            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+
+    return update
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+def main() -> None:
+    """Entry point: mistakes of the user end in one paragraph each and their exit code, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

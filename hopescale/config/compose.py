@@ -1,0 +1,202 @@
+"""Composes YAML files and overrides with Hydra, then hands over to the typed schema; OmegaConf ends here.
+
+Overrides are Hydra's: `experiment=demo optimizer=adamw optimizer.lr=3e-4`. A key without a dot that names a folder
+of `configs/` picks a file; everything else sets a value. All mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ValidationError
+
+from hopescale.errors import ConfigError, Problem
+
+from .schema import Config
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def configs_folder() -> Path:
+    """The YAML files: inside the installed package, or beside it in a checkout."""
+    installed = PACKAGE / "_configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose and validate.
+
+    Args:
+        overrides: `group=file` and `section.field=value`, as typed.
+
+    Raises:
+        ConfigError: every override that cannot be parsed, or every field that breaks its rule.
+    """
+    parsed = _parse(overrides)
+    groups = _groups()
+    picks = [o for o in parsed if o.key_or_group in groups]
+    values = [o for o in parsed if o.key_or_group not in groups]
+    _check_picks(picks, groups)
+    with initialize_config_dir(str(configs_folder()), version_base="1.3"):
+        try:
+            composed = compose("config", [str(o.input_line) for o in picks])
+        except HydraException as error:
+            raise ConfigError(
+                Problem(
+                    "configs", configs_folder(), f"could not be composed ({error})", "repair the YAML file it names"
+                )
+            ) from error
+    OmegaConf.set_struct(composed, False)
+    for override in values:
+        OmegaConf.update(composed, override.key_or_group, override.value(), merge=True, force_add=True)
+    return validate(OmegaConf.to_container(composed, resolve=True))
+
+
+def validate(tree: Any) -> Config:
+    """Check a plain tree against the schema, turning every violation into a `Problem`.
+
+    Raises:
+        ConfigError: all violations.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([_problem(tree, dict(e)) for e in error.errors()]) from None
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The same configuration with some values set anew.
+
+    Raises:
+        ConfigError: an override that cannot be parsed or names a file, or a field that breaks its rule.
+    """
+    tree = OmegaConf.create(to_tree(config))
+    parsed = _parse(overrides)
+    picks = [o for o in parsed if o.key_or_group in _groups()]
+    if picks:
+        raise ConfigError(
+            [
+                Problem(
+                    o.key_or_group, o.value(), "a finished configuration takes values only", "write section.field=value"
+                )
+                for o in picks
+            ]
+        )
+    for override in parsed:
+        OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
+    return validate(OmegaConf.to_container(tree, resolve=True))
+
+
+def read_run_config(run: Path) -> Config:
+    """The resolved configuration a run folder keeps.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(Problem("run.dir", run, "must be a run folder with a config.yaml", "name an existing run"))
+    return validate(yaml.safe_load(path.read_text()))
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The configuration as plain YAML and JSON values."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; `read_run_config` reads it back."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            if override.type is None or override.is_delete() or override.is_sweep_override():
+                raise ValueError("deletions and sweeps are not supported")
+            parsed.append(override)
+        except (HydraException, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            problems.append(Problem("override", text, f"must be key=value ({reason})", "write section.field=value"))
+    if problems:
+        raise ConfigError(problems)
+    return parsed
+
+
+def _groups() -> dict[str, list[str]]:
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in configs_folder().iterdir() if p.is_dir()}
+
+
+def _check_picks(picks: Sequence[Override], groups: dict[str, list[str]]) -> None:
+    problems = [
+        Problem(
+            o.key_or_group,
+            o.value(),
+            f"must be one of {', '.join(groups[o.key_or_group])}",
+            _nearest_fix(str(o.value()), groups[o.key_or_group]),
+        )
+        for o in picks
+        if o.value() not in groups[o.key_or_group]
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problem(tree: Any, error: dict[str, Any]) -> Problem:
+    """One pydantic error in our four parts."""
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = list(_fields_at(path[:-1]))
+        everywhere = [".".join(p) for p in _all_fields(Config)]
+        close = difflib.get_close_matches(path[-1], known, n=1) or difflib.get_close_matches(field, everywhere, n=1)
+        fix = (
+            f"did you mean {'.'.join([*path[:-1], close[0]]) if close[0] in known else close[0]}?"
+            if close
+            else (f"use one of {', '.join(known)}" if known else "remove it")
+        )
+        return Problem(field, error["input"], "is not a field of the configuration", fix)
+    rule = error["msg"].removeprefix("Value error, ")
+    value = error["input"] if not isinstance(error["input"], dict | list | BaseModel) else _value_at(tree, path)
+    return Problem(field, value, _sentence(rule), f"set {field} to a value that fits, see hopescale/config/schema.py")
+
+
+def _sentence(rule: str) -> str:
+    return rule[0].lower() + rule[1:] if rule else rule
+
+
+def _value_at(tree: Any, path: list[str]) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else tree
+    return "the section" if isinstance(tree, dict) else tree
+
+
+def _fields_at(path: list[str]) -> Iterator[str]:
+    model: Any = Config
+    for part in path:
+        info = getattr(model, "model_fields", {}).get(part)
+        model = info.annotation if info is not None else None
+    yield from getattr(model, "model_fields", {})
+
+
+def _all_fields(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, info in model.model_fields.items():
+        yield (*prefix, name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _all_fields(info.annotation, (*prefix, name))
+
+
+def _nearest_fix(given: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, valid, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(valid)}"

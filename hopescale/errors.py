@@ -1,0 +1,22 @@
+"""Errors whose cause is outside the program: each names field, value, rule and fix, and carries an exit code."""
+
+from __future__ import annotations
+
+from data_pipeline.errors import DataError, MissingExtra, Problem, UserError, missing_extra
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "Problem", "UserError", "missing_extra"]
+
+EXIT_DONE = 0
+EXIT_USER = 2
+EXIT_NO_CHECKPOINT = 71
+EXIT_PREEMPTED = 75
+
+
+class ConfigError(UserError):
+    """The configuration breaks a rule."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, written or trusted."""
+
+    exit_code = EXIT_NO_CHECKPOINT

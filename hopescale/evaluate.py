@@ -1,0 +1,232 @@
+"""Held-out error of a predictor, per partition, against the baselines it must beat.
+
+Errors are mean L1 between layer-normalised prediction and truth. Every rank takes its share of the held-out clips;
+sums are added up over ranks once, at the end, and only then divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from data_pipeline.batch import ClipBatch
+from data_pipeline.order import rank_share
+from data_pipeline.reader import ClipReader
+from hopescale.model.objective import distance
+from hopescale.model.predictor import normalise
+
+SKILLS = ("skill_one_step", "skill_far", "skill_jump")
+
+
+@dataclass
+class Errors:
+    """Sums and counts of errors by name: fp64 [partitions, horizons]."""
+
+    num_partitions: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, error: Tensor, valid: Tensor, partitions: Tensor) -> None:
+        """Add errors [clips, horizons] where valid, under each clip's partition number."""
+        shape = (self.num_partitions, error.shape[1])
+        for table, values in ((self.sums, torch.where(valid, error, 0.0)), (self.counts, valid)):
+            total = table.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+            total.index_add_(0, partitions, values.to("cpu", torch.float64))
+
+    def mean(self, name: str) -> Tensor:
+        """Mean error [partitions, horizons]."""
+        return self.sums[name] / self.counts[name]
+
+    def skill(self, name: str, baseline: str, horizons: slice) -> Tensor:
+        """1 - sum(error) / sum(baseline error) of each partition, over the given horizons."""
+        return 1 - self.sums[name][:, horizons].sum(1) / self.sums[baseline][:, horizons].sum(1)
+
+    def ratio(self, name: str, other: str, horizons: slice) -> Tensor:
+        """sum(error of `name`) / sum(error of `other`) of each partition."""
+        return self.sums[name][:, horizons].sum(1) / self.sums[other][:, horizons].sum(1)
+
+    def over_ranks(self, all_reduce: Any) -> Errors:
+        """The same over all ranks: one reduction of everything packed together."""
+        names = sorted(self.sums)
+        packed = torch.cat([t[n].flatten() for t in (self.sums, self.counts) for n in names])
+        all_reduce(packed)
+        pieces = iter(packed.split([t[n].numel() for t in (self.sums, self.counts) for n in names]))
+        total = Errors(self.num_partitions)
+        for mine, table in ((self.sums, total.sums), (self.counts, total.counts)):
+            table.update({n: next(pieces).view_as(mine[n]) for n in names})
+        return total
+
+
+@torch.no_grad()
+def held_out_errors(
+    model: nn.Module,
+    reader: ClipReader,
+    *,
+    jump_horizons: int,
+    device: torch.device,
+    batch_size: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    ablations: bool = False,
+) -> Errors:
+    """Errors of every held-out clip of this rank's share.
+
+    Args:
+        model: predictor; left as it is.
+        reader: of the held-out clips.
+        jump_horizons: jump targets are this many last frames.
+        device: of the model.
+        batch_size: clips in one forward.
+        rank: of this process.
+        world_size: processes that share the clips.
+        ablations: also run with rotated actions, and with memory writes disabled.
+    """
+    names = sorted(set(reader.partitions))
+    errors = Errors(len(names))
+    for clips, partners in _batches(reader, batch_size, rank, world_size, device):
+        part = torch.tensor([names.index(p) for p in clips.partitions])
+        # A sharded model gathers on every call, so a rank whose clips have run out still takes part, with weight 0.
+        real = clips.weights[:, None] > 0
+        truth = normalise(clips.features)
+        later = real & (torch.arange(1, truth.shape[1], device=device) < clips.lengths[:, None])
+
+        def add(name: str, error: Tensor, valid: Tensor = later, part: Tensor = part) -> None:
+            errors.add(name, error, valid, part)
+
+        add("one_step", one_step_error(model, clips, truth))
+        add("one_step_copy_last", distance(truth[:, :-1], truth[:, 1:], "l1"))
+        predicted = rollout(model, clips)
+        add("rollout", distance(predicted, truth[:, 1:], "l1"))
+        add("copy_last", distance(truth[:, :1], truth[:, 1:], "l1"))
+        mean_frame = reader.mean_frame().to(device)
+        add("mean_frame", distance(mean_frame, truth[:, 1:], "l1"))
+        jumped = jump_error(model, clips, truth, jump_horizons)
+        aims = slice(truth.shape[1] - 1 - jump_horizons, None)
+        add("jump", jumped, later[:, aims])
+        add("jump_copy_last", distance(truth[:, :1], truth[:, 1:], "l1")[:, aims], later[:, aims])
+        if ablations:
+            add("one_step_writes_off", one_step_error(model, clips, truth, writes=False))
+            add("rollout_writes_off", distance(rollout(model, clips, writes=False), truth[:, 1:], "l1"))
+            add("one_step_shuffled", one_step_error(model, clips, truth, actions=partners))
+            add("rollout_shuffled", distance(rollout(model, clips, actions=partners), truth[:, 1:], "l1"))
+    return errors
+
+
+def one_step_error(
+    model: nn.Module, clips: ClipBatch, truth: Tensor, *, actions: Tensor | None = None, writes: bool = True
+) -> Float[Tensor, "clips transitions"]:
+    """Error of predicting frame t + 1 from the true frames 0 .. t."""
+    past_states = None if clips.states is None else clips.states[:, :-1]
+    given = clips.actions if actions is None else actions
+    prediction = model(clips.features[:, :-1], given, past_states, writes=writes)
+    return distance(prediction.frames, truth[:, 1:], "l1")
+
+
+def rollout(
+    model: nn.Module, clips: ClipBatch, *, actions: Tensor | None = None, writes: bool = True
+) -> Float[Tensor, "clips transitions patches channels"]:
+    """Frames 1 .. T predicted from frame 0 and all actions, feeding each prediction back and carrying the state."""
+    given = clips.actions if actions is None else actions
+    frame, state, predicted = clips.features[:, :1], None, []
+    for t in range(given.shape[1]):
+        states = None if clips.states is None else clips.states[:, t : t + 1]
+        step = model(frame, given[:, t : t + 1], states, state=state, frame_offset=t, writes=writes, keep_state=True)
+        frame, state = step.frames, step.state
+        predicted.append(frame)
+    return torch.cat(predicted, dim=1)
+
+
+def jump_error(model: nn.Module, clips: ClipBatch, truth: Tensor, horizons: int) -> Float[Tensor, "clips horizons"]:
+    """Error of predicting each of the last `horizons` frames straight from frame 0."""
+    errors = []
+    states = None if clips.states is None else clips.states[:, :1]
+    for frame in range(truth.shape[1] - horizons, truth.shape[1]):
+        target = torch.full((len(truth),), frame, device=truth.device)
+        prediction = model(clips.features[:, :1], clips.actions[:, :1], states, target=target)
+        errors.append(distance(prediction.frames[:, 0], truth[:, frame], "l1"))
+    return torch.stack(errors, dim=1)
+
+
+def summarise(errors: Errors, partitions: Sequence[str]) -> dict[str, Any]:
+    """Skills, ratios and baselines of each partition, and their mean over partitions.
+
+    Returns:
+        Means at the top level; each partition's own under "partitions".
+    """
+    every, last = slice(None), slice(-1, None)
+    columns = {
+        "skill_one_step": errors.skill("one_step", "one_step_copy_last", every),
+        "skill_far": errors.skill("rollout", "copy_last", last),
+        "skill_jump": errors.skill("jump", "jump_copy_last", every),
+    }
+    if "rollout_shuffled" in errors.sums:
+        for kind in ("shuffled", "writes_off"):
+            columns[f"{kind}_ratio_one_step"] = errors.ratio(f"one_step_{kind}", "one_step", every)
+            columns[f"{kind}_ratio_far"] = errors.ratio(f"rollout_{kind}", "rollout", last)
+    baselines = {
+        "copy_last_one_step": errors.mean("one_step_copy_last").mean(1),
+        "copy_last_far": errors.mean("copy_last")[:, -1],
+        "mean_frame_one_step": errors.mean("mean_frame").mean(1),
+        "mean_frame_far": errors.mean("mean_frame")[:, -1],
+    }
+
+    def row(number: int) -> dict[str, Any]:
+        return {k: float(v[number]) for k, v in columns.items()} | {
+            "baselines": {k: float(v[number]) for k, v in baselines.items()}
+        }
+
+    return {
+        **{name: float(values.mean()) for name, values in columns.items()},
+        "baselines": {name: float(values.mean()) for name, values in baselines.items()},
+        "partitions": {name: row(number) for number, name in enumerate(partitions)},
+    }
+
+
+@torch.no_grad()
+def surprise_by_frame(model: nn.Module, reader: ClipReader, device: torch.device) -> np.ndarray:
+    """Mean surprise of each H block at each true frame of the held-out clips: [blocks, transitions]."""
+    sums, count = None, 0
+    for clips, _ in _batches(reader, 16, 0, 1, device):
+        states = None if clips.states is None else clips.states[:, :-1]
+        traces = model(clips.features[:, :-1], clips.actions, states, keep_state=True).traces
+        if not traces:
+            return np.zeros((0, clips.actions.shape[1]), np.float32)
+        batch = torch.stack([trace.surprise.sum(0) for trace in traces]).double().cpu()
+        sums, count = batch if sums is None else sums + batch, count + len(clips.keys)
+    assert sums is not None
+    return (sums / count).float().numpy()
+
+
+def _batches(
+    reader: ClipReader, size: int, rank: int, world_size: int, device: torch.device
+) -> Iterator[tuple[ClipBatch, Tensor]]:
+    """This rank's clips, each once, and for each clip the actions of the next clip of its partition.
+
+    Every rank yields as many batches as the others.
+    """
+    partners = _next_in_partition(reader.partitions)
+    start, count = rank_share(reader.num_clips, rank, world_size)
+    largest = rank_share(reader.num_clips, 0, world_size)[1]
+    for begin in range(0, largest, size):
+        rows = np.arange(start + min(begin, count), start + min(begin + size, count))
+        alone = len(rows) == 0
+        rows = np.array([0]) if alone else rows
+        clips, others = reader.read(rows), reader.read(partners[rows])
+        if alone:
+            clips = clips.without_weight()
+        yield clips.to(device), others.actions.to(device)
+
+
+def _next_in_partition(partitions: Sequence[str]) -> np.ndarray:
+    """Row of the next clip of the same partition, the last one's being the first."""
+    labels, following = np.asarray(partitions), np.arange(len(partitions))
+    for name in np.unique(labels):
+        rows = np.flatnonzero(labels == name)
+        following[rows] = np.roll(rows, -1)
+    return following

@@ -1,0 +1,154 @@
+"""Measures a finished run on every held-out clip and leaves result.json and the arrays the report draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.pixels import read_frames
+from data_pipeline.reader import ClipReader
+from hopescale.checkpoint import contents
+from hopescale.checkpoint.manager import committed, load_tensors
+from hopescale.checkpoint.manifest import verify
+from hopescale.config.compose import read_run_config, with_overrides
+from hopescale.config.schema import Config
+from hopescale.errors import CheckpointError, Problem
+from hopescale.evaluate import Errors, held_out_errors, rollout, summarise, surprise_by_frame
+from hopescale.model.block import HopeBlock
+from hopescale.model.predictor import HopePredictor, normalise
+from hopescale.parallel.process_group import Launch, choose_device, prepare_process
+from hopescale.preflight import open_readers
+from hopescale.run_folder import RunFolder
+
+NUM_SAMPLES = 4
+
+
+def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = None) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run in this process.
+
+    Args:
+        path: run folder.
+        overrides: settings that differ from the run's, e.g. data.path for data that moved.
+        pixels: folder of the pixels the clips were encoded from, for the report's filmstrips.
+
+    Returns:
+        What result.json holds: means over partitions, one row a partition, baselines, seconds and paths.
+
+    Raises:
+        UserError: no usable run, checkpoint or data.
+    """
+    began = time.monotonic()
+    run = RunFolder(path)
+    config = with_overrides(read_run_config(path), overrides)
+    launch = Launch()
+    device = choose_device(config.parallel, launch)
+    prepare_process(config.parallel, launch, device)
+    _, held_out = open_readers(config, launch)
+    checkpoint = newest(run.checkpoints)
+    model = HopePredictor(config.model).to(device).eval()
+    manifest = verify(checkpoint)
+    load_tensors(checkpoint, contents.tensors(model, None))
+
+    errors = held_out_errors(
+        model, held_out, jump_horizons=config.objective.jump_horizons, device=device, ablations=True
+    )
+    partitions = sorted(set(held_out.partitions))
+    run.report.mkdir(parents=True, exist_ok=True)
+    _write_arrays(run.report / "evaluation.npz", config, model, held_out, errors, device, pixels)
+    result = {
+        **summarise(errors, partitions),
+        "seconds": {"eval": round(time.monotonic() - began, 2)},
+        "paths": {"run": str(path), "checkpoint": str(checkpoint), "data": config.data.path},
+        "run": {
+            "step": manifest["state"]["step"],
+            "clips": manifest["state"]["attempted_steps"] * config.train.global_batch,
+            "world_size": manifest["world_size"],
+            "block_pattern": "-".join(config.model.block_pattern),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "command": f"hopescale eval {path}",
+        },
+    }
+    write_result(run, result)
+    return result
+
+
+def newest(root: Path) -> Path:
+    """The newest committed checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = committed(root)
+    if not found:
+        raise CheckpointError(
+            Problem("checkpoint", root, "holds no committed checkpoint", "train first, or name another run")
+        )
+    return found[0]
+
+
+def write_result(run: RunFolder, result: dict[str, Any]) -> None:
+    """Replace result.json atomically."""
+    part = run.result.with_suffix(".json.part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, run.result)
+
+
+@torch.no_grad()
+def _write_arrays(
+    path: Path,
+    config: Config,
+    model: HopePredictor,
+    reader: ClipReader,
+    errors: Errors,
+    device: torch.device,
+    pixels: Path | None,
+) -> None:
+    partitions = sorted(set(reader.partitions))
+    clips = reader.read(_sample_rows(reader.partitions)).to(device)
+    truth = normalise(clips.features)
+    predicted = torch.cat([truth[:, :1], rollout(model, clips)], dim=1)
+    hope = [(n, b) for n, b in enumerate(model.blocks) if isinstance(b, HopeBlock)]
+    active = [b.cms.active_levels(reader.frames - 1) for _, b in hope if b.cms is not None]
+    arrays: dict[str, Any] = {
+        "horizons": np.arange(1, reader.frames),
+        "partitions": np.array(partitions),
+        "grid": np.array(config.model.grid),
+        "sample_keys": np.array(clips.keys),
+        "sample_partitions": np.array(clips.partitions),
+        "sample_truth": truth.cpu().numpy(),
+        "sample_prediction": predicted.cpu().numpy(),
+        "surprise": surprise_by_frame(model, reader, device),
+        "surprise_blocks": np.array([n for n, _ in hope], dtype=np.int64),
+        "cms_active": np.array(active, dtype=bool).reshape(len(active), -1, reader.frames - 1),
+        "cms_periods": np.array([level.period for level in config.model.cms.levels] if active else [], dtype=np.int64),
+    }
+    names = {
+        "rollout_error": "rollout",
+        "copy_last_error": "copy_last",
+        "mean_frame_error": "mean_frame",
+        "one_step_error": "one_step",
+        "one_step_copy_last": "one_step_copy_last",
+        "writes_off_rollout_error": "rollout_writes_off",
+        "shuffled_rollout_error": "rollout_shuffled",
+    }
+    arrays |= {array: errors.mean(name).float().numpy() for array, name in names.items()}
+    frames = None if pixels is None else read_frames(pixels, clips.keys)
+    if frames is not None:
+        arrays["sample_frames"] = frames
+    part = path.with_name("evaluation.part.npz")
+    np.savez_compressed(part, **arrays)
+    os.replace(part, path)
+
+
+def _sample_rows(partitions: Sequence[str]) -> np.ndarray:
+    """The first clip of a few partitions, spread over their sorted names."""
+    names = sorted(set(partitions))
+    picked = [names[i * len(names) // NUM_SAMPLES] for i in range(min(NUM_SAMPLES, len(names)))]
+    return np.array([list(partitions).index(name) for name in dict.fromkeys(picked)])

@@ -1,0 +1,278 @@
+"""Every metric hopescale records, named exactly once.
+
+The recorder accepts only these keys, the Prometheus endpoint exports only these names, and dashboards, alerts and
+documentation are generated from this table or tested against it. Names follow the Prometheus conventions
+(https://prometheus.io/docs/practices/naming/): base units as suffix, counters end in `_total`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+PREFIX = "hopescale_"
+
+Kind = Literal["gauge", "counter"]
+Reduction = Literal["mean", "sum", "rank", "global"]
+Record = Literal["train", "eval", "info"]
+
+
+class UnknownMetric(LookupError):
+    """A key or label that the catalog does not hold; the message names the nearest one it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One row of the catalog.
+
+    Attributes:
+        key: name in `metrics.jsonl` and TensorBoard; a label value is appended to it after an underscore.
+        kind: Prometheus type.
+        unit: `seconds`, `bytes` and `ratio` are also the suffix of the key; "" where the number has no unit.
+        help: one sentence.
+        labels: Prometheus label names.
+        label_values: the values of the one label where they are fixed in code; `group` values come from the run.
+        overall: may also be recorded without its label: key alone in `metrics.jsonl`, label value `all` in Prometheus.
+        reduction: over ranks: `mean` = sum / count, `sum`, `rank` = kept per rank (files hold the mean),
+            `global` = the same on all ranks, taken from rank 0.
+        record: the kind of flush that publishes it; `info` goes to Prometheus only.
+    """
+
+    key: str
+    kind: Kind = "gauge"
+    unit: str = ""
+    help: str
+    labels: tuple[str, ...] = ()
+    label_values: tuple[str, ...] = ()
+    overall: bool = False
+    reduction: Reduction
+    record: Record = "train"
+
+    @property
+    def name(self) -> str:
+        """Prometheus name."""
+        return PREFIX + self.key
+
+
+CATALOG: tuple[Metric, ...] = (
+    # Progress.
+    Metric(key="step", unit="steps", reduction="global", help="Optimizer updates done."),
+    Metric(
+        key="attempted_steps_total",
+        kind="counter",
+        unit="steps",
+        reduction="global",
+        help="Steps tried, skipped ones included.",
+    ),
+    Metric(
+        key="skipped_steps_total",
+        kind="counter",
+        unit="steps",
+        reduction="global",
+        help="Steps whose gradients were not finite; their clips are consumed, nothing else moves.",
+    ),
+    Metric(
+        key="clips_total",
+        kind="counter",
+        unit="clips",
+        reduction="global",
+        help="Clips consumed by all ranks since the first step of the run.",
+    ),
+    # Optimization.
+    Metric(key="loss", reduction="mean", help="Training objective, mean over the clips since the last log step."),
+    Metric(key="loss_teacher", reduction="mean", help="Teacher-forced one-step part of the objective."),
+    Metric(key="loss_jump", reduction="mean", help="Jump part of the objective (frame 0 to frame tau)."),
+    Metric(
+        key="learning_rate",
+        labels=("group",),
+        overall=True,
+        reduction="global",
+        help="Learning rate of the parameter group; group `all` is the schedule's base rate.",
+    ),
+    Metric(
+        key="grad_norm",
+        labels=("group",),
+        overall=True,
+        reduction="mean",
+        help="L2 norm of the unsharded gradient before clipping, mean over the steps since the last log step.",
+    ),
+    # Speed.
+    Metric(
+        key="clips_per_second",
+        unit="clips/s",
+        reduction="global",
+        help="Clips of all ranks per second since the last log step, evaluation and checkpoints excluded.",
+    ),
+    Metric(
+        key="step_seconds",
+        unit="seconds",
+        labels=("rank",),
+        reduction="rank",
+        help="Mean duration of a step since the last log step.",
+    ),
+    Metric(
+        key="data_wait_seconds",
+        unit="seconds",
+        reduction="mean",
+        help="Mean time per step that a rank waited for its next batch.",
+    ),
+    Metric(
+        key="data_wait_ratio",
+        unit="ratio",
+        reduction="mean",
+        help="Share of the training time spent waiting for data (0 to 1).",
+    ),
+    Metric(
+        key="last_step_timestamp_seconds",
+        unit="seconds",
+        labels=("rank",),
+        reduction="rank",
+        help="Unix time of the rank's last log step; a stopped rank keeps its old value.",
+    ),
+    Metric(
+        key="memory_bytes",
+        unit="bytes",
+        labels=("rank",),
+        reduction="rank",
+        help="Peak memory allocated by the rank on its device (resident set on CPU).",
+    ),
+    # Reader.
+    Metric(
+        key="reader_clips_total",
+        kind="counter",
+        unit="clips",
+        reduction="sum",
+        help="Clips read by all ranks in this incarnation.",
+    ),
+    Metric(
+        key="reader_bytes_total",
+        kind="counter",
+        unit="bytes",
+        reduction="sum",
+        help="Bytes read from shards by all ranks in this incarnation.",
+    ),
+    Metric(
+        key="reader_read_seconds_total",
+        kind="counter",
+        unit="seconds",
+        reduction="sum",
+        help="Time the readers' threads of all ranks spent reading and decoding.",
+    ),
+    Metric(
+        key="reader_wait_seconds_total",
+        kind="counter",
+        unit="seconds",
+        reduction="sum",
+        help="Time all ranks waited inside the reader for a batch.",
+    ),
+    Metric(
+        key="reader_checksum_errors_total",
+        kind="counter",
+        unit="errors",
+        reduction="sum",
+        help="Clips refused by all ranks because their checksum did not match.",
+    ),
+    # Checkpoints.
+    Metric(
+        key="checkpoint_seconds",
+        unit="seconds",
+        reduction="global",
+        help="Time from the start of the last checkpoint to its commit.",
+    ),
+    Metric(
+        key="last_checkpoint_timestamp_seconds",
+        unit="seconds",
+        reduction="global",
+        help="Unix time of the last committed checkpoint.",
+    ),
+    Metric(key="last_checkpoint_step", unit="steps", reduction="global", help="Step of the last committed checkpoint."),
+    # Fast weights.
+    Metric(
+        key="memory_surprise",
+        reduction="mean",
+        help="Mismatch of a write's prediction and target in the main memories, |v-o|^2 / (|v|^2 + |o|^2), 0 to 2.",
+    ),
+    Metric(
+        key="memory_fast_norm_ratio",
+        unit="ratio",
+        reduction="mean",
+        help="Norm of the main memories after a clip's last write over their norm before its first.",
+    ),
+    Metric(key="memory_retention", reduction="mean", help="Mean retention gate of the memories (1 forgets nothing)."),
+    Metric(
+        key="memory_write_ratio",
+        unit="ratio",
+        reduction="mean",
+        help="Norm of a write over the norm of the memory it is written into.",
+    ),
+    # Evaluation.
+    Metric(
+        key="skill",
+        labels=("kind",),
+        label_values=("one_step", "far", "jump"),
+        reduction="global",
+        record="eval",
+        help="1 - error / baseline error on held-out clips: 0 is copy-last, 1 is perfect.",
+    ),
+    # Identity.
+    Metric(
+        key="run_info",
+        labels=("version", "torch", "config_hash", "incarnation"),
+        reduction="global",
+        record="info",
+        help="Always 1; its labels say which code and configuration run.",
+    ),
+)
+
+_BY_KEY: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in CATALOG})
+
+READER_STATS: Mapping[str, str] = MappingProxyType(
+    {
+        "clips_read": "reader_clips_total",
+        "bytes_read": "reader_bytes_total",
+        "read_seconds": "reader_read_seconds_total",
+        "wait_seconds": "reader_wait_seconds_total",
+        "checksum_errors": "reader_checksum_errors_total",
+    }
+)
+"""Field of `data_pipeline.stats.ReaderStats` -> key."""
+
+
+def by_key(key: str) -> Metric:
+    """The metric recorded under `key`.
+
+    Raises:
+        UnknownMetric: the catalog has no such key.
+    """
+    metric = _BY_KEY.get(key)
+    if metric is None:
+        raise UnknownMetric(f"no metric is called {key!r}{nearest(key, _BY_KEY)}")
+    return metric
+
+
+def nearest(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """A hint such as "; nearest known: 'loss'", for the end of an error message."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"; nearest known: {matches[0]!r}" if matches else ""
+
+
+def flat_key(metric: Metric, label_value: str | None) -> str:
+    """Name of one number in `metrics.jsonl` and TensorBoard, for example `skill_one_step`."""
+    return metric.key if label_value is None else f"{metric.key}_{label_value}"
+
+
+def markdown_table() -> str:
+    """The catalog as a Markdown table, as it stands in this package's README."""
+    rows = ["| name | kind | unit | over ranks | meaning |", "|---|---|---|---|---|"]
+    for metric in CATALOG:
+        labels = "{" + ", ".join(metric.labels) + "}" if metric.labels else ""
+        unit = metric.unit or "-"
+        rows.append(f"| `{metric.name}{labels}` | {metric.kind} | {unit} | {metric.reduction} | {metric.help} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

@@ -1,0 +1,56 @@
+"""Initial weights, each a function of (seed, parameter name) and of nothing else.
+
+So they do not depend on the number of ranks, on the order of construction, or on which other parameters exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING_STD = 0.02
+
+MATRIX_STD = 0.02
+REFERENCE_FAN_IN = 384
+"""A matrix with this many inputs starts at MATRIX_STD; others keep the size of their output, MATRIX_STD
+sqrt(REFERENCE_FAN_IN / inputs). Without it narrow inputs, actions above all, start out unheard."""
+
+HEAD_STD = 0.004
+"""Of the projection back to channels: a fresh predictor that emits changes all but repeats the newest frame."""
+
+# First match wins; what matches nothing is a matrix.
+CONSTANTS: tuple[tuple[str, float], ...] = (
+    ("*norm*weight", 1.0),
+    ("*bias", 0.0),
+    ("*.spatial_mixing.second.weight", 0.0),
+)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Set every parameter of an unsharded model in place.
+
+    Constants: norms 1, biases 0, the output matrix of spatial mixing 0 (a fresh block is then the block without it).
+    All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output
+    projection, and by fan-in for other matrices.
+    """
+    for name, parameter in model.named_parameters():
+        constant = next((value for pattern, value in CONSTANTS if fnmatchcase(name, pattern)), None)
+        if constant is not None:
+            parameter.fill_(constant)
+        elif fnmatchcase(name, "*_position.weight"):
+            parameter.copy_(_truncated_normal(parameter, EMBEDDING_STD, seed, name))
+        elif name == "project.weight":
+            parameter.copy_(_truncated_normal(parameter, HEAD_STD, seed, name))
+        else:
+            std = MATRIX_STD * (REFERENCE_FAN_IN / parameter.shape[-1]) ** 0.5
+            parameter.copy_(_truncated_normal(parameter, std, seed, name))
+
+
+def _truncated_normal(like: Tensor, std: float, seed: int, name: str) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return nn.init.trunc_normal_(torch.empty(like.shape), std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -1,0 +1,1 @@
+"""Everything distributed that is created: process groups, meshes, sharding, recompute, gradients across ranks."""

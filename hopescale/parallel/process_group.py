@@ -1,0 +1,106 @@
+"""Joining the other ranks: the only place that reads the launcher's variables and starts a process group."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hopescale.errors import ConfigError, Problem
+
+from .schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which rank this process is, as the launcher says (torchrun's variables), or the only one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    launched: bool = False
+    """Whether a launcher started this process."""
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 of all."""
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """Read torchrun's variables; without them this is a run of one rank.
+
+    Raises:
+        ConfigError: some of the variables are set and others are not, or one is not a number.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return Launch()
+    bad = [name for name in names if not given.get(name, "").isdigit()]
+    if bad:
+        raise ConfigError(
+            [
+                Problem(
+                    name, given.get(name), "the launcher must set all of " + ", ".join(names), "start with torchrun"
+                )
+                for name in bad
+            ]
+        )
+    return Launch(*(int(given[name]) for name in names), launched=True)
+
+
+def choose_device(config: ParallelConfig, launch: Launch) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none, or there are fewer devices than ranks on this node.
+    """
+    found = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cpu" or (config.device == "auto" and found == 0):
+        return torch.device("cpu")
+    if found < launch.local_world_size:
+        raise ConfigError(
+            Problem(
+                "parallel.device",
+                config.device,
+                f"needs one CUDA device for each of this node's {launch.local_world_size} ranks, found {found}",
+                "start fewer ranks a node, or set parallel.device=cpu",
+            )
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def prepare_process(config: ParallelConfig, launch: Launch, device: torch.device) -> None:
+    """Set threads, denormals and the CUDA device of this process."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.threads_per_rank or max(1, usable // launch.local_world_size))
+    # Decaying momenta and fast weights reach denormals, on which CPUs compute tens of times slower.
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def process_group(config: ParallelConfig, launch: Launch, device: torch.device) -> Iterator[None]:
+    """A process group for the length of the block: NCCL on CUDA, gloo on CPU.
+
+    A run of one rank gets a group of one, so that it takes the same path as many.
+    """
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.timeout_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        alone = None if launch.launched else dist.FileStore(str(Path(folder) / "store"), 1)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=alone)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

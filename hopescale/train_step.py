@@ -1,0 +1,104 @@
+"""One optimizer step: micro-batches forward and backward, clip, step, in that order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import ClipBatch
+from data_pipeline.reader import StepBatches
+from hopescale.config.schema import Config
+from hopescale.draws import drop_path_draws, jump_targets
+from hopescale.model.block import MAX_BRANCHES
+from hopescale.model.objective import ClipLosses, clip_losses
+from hopescale.model.titan import MemoryTrace
+from hopescale.optim.m3 import M3
+from hopescale.optim.schedules import rate_factor
+from hopescale.parallel.fsdp import reduce_gradients_in_backward
+from hopescale.parallel.gradients import clip_gradients, group_norms
+
+
+class StepResult(NamedTuple):
+    """What one step leaves to be recorded; tensors stay on the device."""
+
+    losses: list[ClipLosses]
+    """This rank's micro-batches."""
+    objective: Tensor
+    """This rank's share of the step's objective; the sum over ranks is the mean over the global batch."""
+    norms: Tensor
+    """Norm of the whole gradient of each optimizer group, before clipping."""
+    rate: float
+    """Factor on the learning rates."""
+    skipped: bool
+    """Whether the gradients were not finite, so that nothing moved."""
+
+
+def train_step(
+    model: nn.Module, optimizer: M3, batches: StepBatches, config: Config, *, attempt: int, step: int
+) -> StepResult:
+    """Train on one global batch.
+
+    Args:
+        model: sharded predictor, in place.
+        optimizer: over its parameters, in place.
+        batches: this rank's micro-batches, as many as on every other rank.
+        config: of the run.
+        attempt: attempted steps so far; random draws depend on it.
+        step: optimizer steps so far; the learning rate depends on it.
+    """
+    rate = rate_factor(config.optimizer.schedule, step, config.train.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.lr * group["lr_scale"] * rate
+    losses, objective = [], torch.zeros((), device=batches.micro[0].features.device)
+    for number, clips in enumerate(batches.micro):
+        reduce_gradients_in_backward(model, number == len(batches.micro) - 1)
+        loss = micro_losses(model, clips, config, attempt)
+        share = objective_share(loss, batches, config)
+        share.backward()
+        losses.append(detached(loss))
+        objective += share.detach()
+    norms = group_norms(optimizer.param_groups)
+    # The norms are those of the whole gradient, so every rank comes to the same answer.
+    skipped = not bool(torch.isfinite(norms).all())
+    if not skipped:
+        clip_gradients(optimizer.param_groups, norms, config.optimizer.clip)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(losses, objective, norms, rate, skipped)
+
+
+def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: int) -> ClipLosses:
+    """Forward of one micro-batch."""
+    seed, device = config.train.seed, clips.features.device
+    positions, lengths = clips.positions.cpu().numpy(), clips.lengths.cpu().numpy()
+    targets = jump_targets(seed, attempt, positions, lengths, config.objective.jump_horizons)
+    draws = None
+    if config.model.drop_path:
+        depth = len(config.model.block_pattern)
+        draws = drop_path_draws(seed, attempt, positions, depth, MAX_BRANCHES).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.parallel.precision == "bf16"):
+        return clip_losses(
+            model,
+            config.objective,
+            clips.features,
+            clips.actions,
+            clips.states,
+            clips.lengths,
+            clips.weights,
+            targets.to(device),
+            draws,
+        )
+
+
+def objective_share(loss: ClipLosses, batches: StepBatches, config: Config) -> Tensor:
+    """A micro-batch's part of the global batch's mean: every share is divided by the whole batch's counts."""
+    teacher = config.objective.teacher_weight * loss.teacher / batches.num_transitions
+    return teacher + config.objective.jump_weight * loss.jump / batches.num_clips
+
+
+def detached(loss: ClipLosses) -> ClipLosses:
+    """The same figures without their graph."""
+    traces = tuple(MemoryTrace(*(figure.detach() for figure in trace)) for trace in loss.traces)
+    return ClipLosses(loss.teacher.detach(), loss.jump.detach(), traces)

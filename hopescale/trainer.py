@@ -1,0 +1,170 @@
+"""The training loop: load, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import time
+from typing import Literal
+
+import torch
+from torch import nn
+
+from data_pipeline.batch import ClipBatch
+from data_pipeline.reader import GlobalBatches, StepBatches
+from hopescale.checkpoint.contents import RunState
+from hopescale.checkpoint.manager import CheckpointManager
+from hopescale.config.schema import Config
+from hopescale.evaluate import SKILLS
+from hopescale.metrics.recorder import Recorder
+from hopescale.metrics.throughput import StepClock
+from hopescale.model.objective import ClipLosses
+from hopescale.optim.m3 import M3
+from hopescale.train_step import StepResult, train_step
+
+Outcome = Literal["finished", "preempted"]
+
+
+@dataclass
+class Trainer:
+    """Trains until the run's steps are done, its skill stops rising, or this job is to stop.
+
+    Every branch below depends on the step number or on numbers that were reduced over ranks, so all ranks take it
+    together.
+    """
+
+    config: Config
+    model: nn.Module
+    optimizer: M3
+    data: GlobalBatches
+    recorder: Recorder
+    checkpoints: CheckpointManager
+    evaluate: Callable[[], dict[str, float]]
+    state: RunState
+    device: torch.device
+    world_size: int
+    clock: StepClock = field(default_factory=StepClock)
+
+    def run(self) -> Outcome:
+        """Train, and commit a last checkpoint."""
+        batches = iter(self.data)
+        while not (self.finished or self.due_to_stop):
+            result = self.step(self.load(batches))
+            if self.due(self.config.metrics.every) and not result.skipped:
+                self.log()
+            if self.due(self.config.train.eval_every) and not result.skipped:
+                self.score()
+            if self.due(self.config.checkpoint.every) and not result.skipped:
+                self.save()
+        self.log()
+        self.save()
+        return "finished" if self.finished else "preempted"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole run is done."""
+        patience = self.config.run.early_stop.patience
+        lost_patience = patience > 0 and self.state.evaluations_without_gain >= patience
+        return self.state.step >= self.config.train.steps or lost_patience
+
+    @property
+    def due_to_stop(self) -> bool:
+        """Whether this job is to end before the run does."""
+        stop_after = self.config.train.stop_after
+        return stop_after is not None and self.state.step >= stop_after
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is to be done now."""
+        return every > 0 and self.state.step % every == 0
+
+    def load(self, batches: Iterator[StepBatches]) -> StepBatches:
+        """The next global batch's share of this rank, on its device."""
+        with self.clock.waiting():
+            batch = next(batches)
+        return batch.to(self.device)
+
+    def step(self, batches: StepBatches) -> StepResult:
+        """One optimizer step; one whose gradients are not finite consumes its clips and moves nothing else."""
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            self.config,
+            attempt=self.state.attempted_steps,
+            step=self.state.step,
+        )
+        self.state.attempted_steps += 1
+        self.state.step += not result.skipped
+        self.clock.step(batches.num_clips)
+        if not result.skipped:
+            self.record(result, batches.micro)
+        return result
+
+    def record(self, result: StepResult, micro: list[ClipBatch]) -> None:
+        """Add up the step's figures where they are; nothing is reduced or copied before a log step."""
+        add = self.recorder.add
+        add("loss", result.objective, 1 / self.world_size)
+        for clips, losses in zip(micro, result.losses, strict=True):
+            if self.config.objective.teacher_weight:
+                add("loss_teacher", losses.teacher, (clips.weights * (clips.lengths - 1)).sum())
+            if self.config.objective.jump_weight:
+                add("loss_jump", losses.jump, clips.weights.sum())
+            self.record_memories(losses)
+        for group, norm in zip(self.optimizer.param_groups, result.norms, strict=True):
+            add("grad_norm", norm, group=group["name"])
+        add("grad_norm", result.norms.square().sum().sqrt())
+        self.recorder.set("learning_rate", self.config.optimizer.lr * result.rate)
+        for group in self.optimizer.param_groups:
+            self.recorder.set("learning_rate", group["lr"], group=group["name"])
+
+    def record_memories(self, losses: ClipLosses) -> None:
+        """Figures of the memory writes of one micro-batch."""
+        for trace in losses.traces:
+            if trace.surprise.shape[1]:
+                self.recorder.add("memory_surprise", trace.surprise.sum(), trace.surprise.numel())
+                self.recorder.add("memory_retention", trace.retention.sum(), trace.retention.numel())
+                self.recorder.add("memory_write_ratio", trace.write_ratio.sum(), trace.write_ratio.numel())
+                self.recorder.add("memory_fast_norm_ratio", trace.norm_ratio[:, -1].sum(), len(trace.norm_ratio))
+
+    def log(self) -> None:
+        """Reduce and publish everything recorded since the last log step."""
+        window = self.clock.take()
+        if window is None:
+            return
+        recorder, state = self.recorder, self.state
+        recorder.set("step", state.step)
+        recorder.set("attempted_steps_total", state.attempted_steps)
+        recorder.set("skipped_steps_total", state.attempted_steps - state.step)
+        recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
+        recorder.record_window(window)
+        recorder.record_reader(self.data.stats())
+        recorder.observe_rank("memory_bytes", _peak_memory_bytes(self.device))
+        recorder.flush(state.step)
+
+    def score(self) -> None:
+        """Evaluate on held-out clips, and count evaluations without a gain."""
+        with self.clock.paused():
+            skills = self.evaluate()
+            for name in SKILLS:
+                self.recorder.set("skill", skills[name], kind=name.removeprefix("skill_"))
+            self.recorder.flush(self.state.step, kind="eval")
+        watch = self.config.run.early_stop
+        gained = self.state.best is None or skills[watch.metric] > self.state.best + watch.min_gain
+        self.state.best = skills[watch.metric] if gained else self.state.best
+        self.state.evaluations_without_gain = 0 if gained else self.state.evaluations_without_gain + 1
+
+    def save(self) -> None:
+        """Commit a checkpoint."""
+        with self.clock.paused():
+            began = time()
+            self.checkpoints.save(self.model, self.optimizer, self.state)
+            self.recorder.set("checkpoint_seconds", time() - began)
+            self.recorder.set("last_checkpoint_timestamp_seconds", time())
+            self.recorder.set("last_checkpoint_step", self.state.step)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

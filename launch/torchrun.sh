@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Trains on several ranks of this machine and exits with the code of RUN/status.json.
+#   bash launch/torchrun.sh NUM_RANKS key=value ...
+#
+# Exit codes: 0 done, 2 a mistake in the configuration or the data, 75 stopped early with a checkpoint (start again with the
+# same run.dir), 71 no valid checkpoint, 1 crashed. torchrun itself turns every code of a rank into 1.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+case ${1:-} in
+'' | *[!0-9]* | 0)
+  echo "usage: launch/torchrun.sh NUM_RANKS key=value ..." >&2
+  exit 2
+  ;;
+esac
+num_ranks=$1
+shift
+
+prepare_environment prometheus tensorboard
+
+# Checks everything in one process, so that a mistake is told once and before any rank starts; prints the run folder.
+check_configuration() {
+  "$VENV/bin/python" - "$num_ranks" "$@" <<'PYTHON'
+import sys
+from hopescale.config.compose import load_config
+from hopescale.errors import UserError
+from hopescale.parallel.process_group import Launch
+from hopescale.preflight import check_ports, describe_error, open_readers
+from hopescale.run_folder import new_run_path
+num_ranks = int(sys.argv[1])
+launch = Launch(world_size=num_ranks, local_world_size=num_ranks)
+try:
+    config = load_config(sys.argv[2:])
+    open_readers(config, launch)
+    check_ports(config, launch)
+except UserError as error:
+    print(describe_error(error), file=sys.stderr)
+    sys.exit(error.exit_code)
+print(new_run_path(config))
+PYTHON
+}
+
+# status_field RUN NAME: nothing where there is no status yet.
+status_field() {
+  "$VENV/bin/python" - "$1/status.json" "$2" <<'PYTHON'
+import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+print(json.loads(path.read_text()).get(sys.argv[2], "") if path.is_file() else "")
+PYTHON
+}
+
+run=$(check_configuration "$@")
+case " $*" in
+*' run.dir='*) ;;
+*) set -- "$@" "run.dir=$run" ;;
+esac
+before=$(status_field "$run" incarnation)
+
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ranks : 1))}
+# Port 0 takes a free one. No restarts inside the job: ranks of a second attempt would find addresses of the first.
+"$VENV/bin/python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$num_ranks" --max-restarts 0 \
+  --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 -m hopescale.train "$@" &
+launcher=$!
+trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM
+# A trapped signal ends `wait` early, so it is asked until the launcher is gone.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
+
+state=$(status_field "$run" state) code=$(status_field "$run" code)
+if [ "$(status_field "$run" incarnation)" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
+  echo "crashed: $run/status.json is missing, old, or still says running" >&2
+  exit 1
+fi
+echo "$state: $run" >&2
+exit "$code"

