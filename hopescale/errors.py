@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from data_pipeline.errors import DataError, MissingExtra, Problem, UserError, missing_extra
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "Problem", "UserError", "missing_extra"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "Diverged", "MissingExtra", "Problem", "UserError", "missing_extra"]
 
 EXIT_DONE = 0
 EXIT_USER = 2
 EXIT_NO_CHECKPOINT = 71
+EXIT_DIVERGED = 72
 EXIT_PREEMPTED = 75
 
 
 class ConfigError(UserError):
     """The configuration breaks a rule."""
+
+
+class Diverged(UserError):
+    """Training cannot go on: step after step has gradients that are not finite."""
+
+    exit_code = EXIT_DIVERGED
 
 
 class CheckpointError(UserError):

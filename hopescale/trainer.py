@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +17,17 @@ from data_pipeline.reader import GlobalBatches, StepBatches
 from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.config.schema import Config
+from hopescale.errors import Diverged, Problem
 from hopescale.evaluate import SKILLS
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.model.objective import ClipLosses
 from hopescale.optim.m3 import M3
 from hopescale.train_step import StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
 
 Outcome = Literal["finished", "preempted"]
 
@@ -96,10 +102,26 @@ class Trainer:
         )
         self.state.attempted_steps += 1
         self.state.step += not result.skipped
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
         self.clock.step(batches.num_clips)
-        if not result.skipped:
+        if result.skipped:
+            self.give_up_if_diverged(batches)
+        else:
             self.record(result, batches.micro)
         return result
+
+    def give_up_if_diverged(self, batches: StepBatches) -> None:
+        """Report a skipped step; too many in a row mean that the weights, not the clips, are at fault.
+
+        Raises:
+            Diverged: after MAX_SKIPPED_IN_A_ROW of them.
+        """
+        keys = ", ".join(key for clips in batches.micro for key in clips.keys)
+        logger.warning("skipped attempt %d: gradients are not finite; clips %s", self.state.attempted_steps, keys)
+        if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            rule = f"{MAX_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite, after step {self.state.step}"
+            fix = "lower optimizer.lr or optimizer.clip.max_norm, and go on from an earlier checkpoint"
+            raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
 
     def record(self, result: StepResult, micro: list[ClipBatch]) -> None:
         """Add up the step's figures where they are; nothing is reduced or copied before a log step."""
@@ -133,7 +155,6 @@ class Trainer:
         if window is None:
             return
         recorder, state = self.recorder, self.state
-        recorder.set("step", state.step)
         recorder.set("attempted_steps_total", state.attempted_steps)
         recorder.set("skipped_steps_total", state.attempted_steps - state.step)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)

@@ -6,6 +6,7 @@ Tensors (through DCP, sharded, by global shape):
 Numbers (JSON, in the manifest):
     step                      optimizer steps taken
     attempted_steps           steps tried, skipped ones included: the position in the data is attempted x global batch
+    skipped_in_a_row          the last steps, if their gradients were not finite
     optimizer_steps           steps taken by each optimizer group
     best, evaluations_without_gain      early stopping
     order                     seed, global batch and data fingerprint that `attempted_steps` counts in
@@ -27,6 +28,7 @@ class RunState:
 
     step: int = 0
     attempted_steps: int = 0
+    skipped_in_a_row: int = 0
     best: float | None = None
     evaluations_without_gain: int = 0
     order: dict[str, Any] = field(default_factory=dict)

@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipeline.shard import shard
-from data_pipeline.simulate import npz_bytes
+from tests.feature_folders import write_features
 
 Writer = Callable[..., Path]
-
-
-def write_features(folder: Path, *, per_split: int = 7, mode: str = "per-frame", states: bool = False) -> Path:
-    """Write random features [F, 6, 16] of 5 or 4 frames for two partitions."""
-    random = np.random.default_rng(3)
-    clips = []
-    for partition in ("base", "ice"):
-        (folder / partition).mkdir(parents=True)
-        for split in ("train", "heldout"):
-            for index in range(per_split):
-                key, length = f"{partition}-{split}-{index:05d}", 5 if index % 3 else 4
-                arrays = {
-                    "features": random.normal(size=(length, 6, 16)).astype(np.float16),
-                    "actions": random.normal(size=(length - 1, 2)).astype(np.float32),
-                }
-                if states:
-                    arrays["states"] = random.normal(size=(length, 3)).astype(np.float32)
-                content = npz_bytes(arrays)
-                (folder / partition / f"{key}.npz").write_bytes(content)
-                sha256 = hashlib.sha256(content).hexdigest()
-                clips.append({"key": key, "partition": partition, "split": split, "length": length, "sha256": sha256})
-    document = {
-        "format": 1,
-        "encoder": "random",
-        "weights_sha256": "0" * 64,
-        "encode_mode": mode,
-        "preprocessing": "none",
-        "grid": [2, 3],
-        "pixels_digest": "1" * 64,
-        "digest": "2" * 64,
-        "clips": clips,
-    }
-    (folder / "features.json").write_text(json.dumps(document))
-    return folder
 
 
 @pytest.fixture(scope="session")

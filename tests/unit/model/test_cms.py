@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hopescale.model.cms import ContinuumMemory
+from hopescale.model.cms import CmsLayer, ContinuumMemory
 from hopescale.model.schema import CmsConfig
 
 WIDTH = 8
@@ -54,6 +54,7 @@ def test_forward_equals_each_frame_through_its_active_levels(offset: int) -> Non
         row = z[:, t]
         for level, active in zip(memory.levels, memory.active_levels(7, offset), strict=True):
             if active[t]:
+                assert isinstance(level, CmsLayer)
                 row = row + level.fc2(F.gelu(level.fc1(level.norm(row))))
         torch.testing.assert_close(out[:, t], row)
 

@@ -20,7 +20,7 @@ from hopescale.optim.schema import OptimizerConfig
 Build = Callable[..., HopePredictor]
 Draw = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
-NAMES = ("features", "actions", "states")
+NAMES: tuple[str, ...] = ("features", "actions", "states")
 PATTERNS = ["H", "S", "T", "SHS", "HTH", "STHSH"]
 
 

@@ -1,0 +1,87 @@
+"""The curve of a run depends on its configuration, not on how it is spread over ranks, jobs and micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
+
+STEPS = 20
+BATCH = ("train.global_batch=6", "model.drop_path=0.1", f"train.steps={STEPS}", "checkpoint.every=0")
+
+
+def relative_difference(curve: list[float], reference: list[float]) -> float:
+    assert len(curve) == len(reference) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
+
+
+def test_the_loss_curve_is_the_same_on_1_2_and_4_ranks_and_in_any_micro_batches(train) -> None:
+    alone = train(1, "alone", *BATCH)
+    assert alone.code == 0, alone.output
+    assert alone.losses[-1] < alone.losses[0]
+    for name, num_ranks, more in (
+        ("two-ranks", 2, ()),
+        ("four-uneven-ranks", 4, ()),
+        ("micro-batches", 1, ("train.micro_batch=3",)),
+    ):
+        run = train(num_ranks, name, *BATCH, *more)
+        assert run.code == 0, run.output
+        assert relative_difference(run.losses, alone.losses) < 1e-5, name
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("rank-*.bin")}
+
+
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_bit_for_bit(train) -> None:
+    batch = ("train.global_batch=5", "train.steps=10", "model.drop_path=0.1")
+    whole = train(2, "whole", *batch)
+    first = train(2, "stopped", *batch, "train.stop_after=5")
+    assert (whole.code, first.code) == (0, 1), first.output
+    assert first.status == {"state": "preempted", "code": 75, "step": 5, "incarnation": 0}
+    second = train(2, "stopped", *batch)
+    assert second.code == 0, second.output
+    assert second.status == {"state": "finished", "code": 0, "step": 10, "incarnation": 1}
+
+    assert second.losses == whole.losses
+    last = "checkpoints/step-000000010"
+    assert checkpoint_digests(second.folder / last) == checkpoint_digests(whole.folder / last)
+    manifests = [json.loads((run.folder / last / "MANIFEST.json").read_text()) for run in (second, whole)]
+    assert manifests[0]["state"] == manifests[1]["state"]
+    assert manifests[0]["optimizer_steps"] == manifests[1]["optimizer_steps"]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(train) -> None:
+    batch = ("train.global_batch=4", "train.steps=8", "checkpoint.every=4")
+    whole = train(2, "whole", *batch)
+    first = train(2, "moved", *batch, "train.stop_after=4")
+    second = train(1, "moved", *batch)
+    assert second.code == 0, first.output + second.output
+    differences = [abs(a - b) / abs(b) for a, b in zip(second.losses, whole.losses, strict=True)]
+    assert max(differences) < 1e-5
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(train) -> None:
+    batch = ("train.global_batch=2", "checkpoint.every=2")
+    first = train(1, "damaged", *batch, "train.steps=4")
+    assert first.code == 0, first.output
+    newest = first.folder / "checkpoints/step-000000004/rank-00000.bin"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(bytes(content))
+    second = train(1, "damaged", *batch, "train.steps=4")
+    assert second.code == 0, second.output
+    assert (first.folder / "checkpoints/step-000000004.damaged").is_dir()
+    assert "resumed from" in second.output
+    assert "step-000000002" in second.output
+
+
+def test_a_run_whose_weights_overflow_ends_on_all_ranks_and_says_so(train) -> None:
+    run = train(2, "overflow", "train.global_batch=2", "train.steps=1000", "optimizer.lr=1e30", "optimizer=adamw")
+    assert run.code == 1
+    assert run.status["code"] == 72
+    assert run.output.count("error: optimizer.lr=1e+30: 10 steps in a row") == 1

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hopescale.checkpoint.contents import RunState, optimizer_steps, tensors
+from hopescale.checkpoint.manager import CheckpointManager, committed, step_folder
+from hopescale.checkpoint.manifest import verify
+from hopescale.errors import CheckpointError
+from hopescale.optim.m3 import M3
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+Trained = Callable[[int], tuple[nn.Module, M3]]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_a_checkpoint_restores_everything(tmp_path: Path, trained: Trained) -> None:
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=2, config={"train": {"seed": 1}})
+    model, optimizer = trained(0)
+    state = RunState(step=2, attempted_steps=3, best=0.5, order={"seed": 1})
+    folder = manager.save(model, optimizer, state)
+    assert folder == step_folder(tmp_path / "checkpoints", 2)
+    manifest = verify(folder)
+    assert manifest["config"] == {"train": {"seed": 1}}
+    assert manifest["world_size"] == 1
+
+    other_model, other = trained(1)
+    for group in other.param_groups:
+        group["num_steps"] = 77
+    assert manager.restore(folder, other_model, other) == state
+    assert optimizer_steps(other) == {"m3": 2, "adamw": 2}
+    expected = tensors(model, optimizer)
+    for name, tensor in tensors(other_model, other).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_training_goes_on_bit_equal_after_a_restore(tmp_path: Path, trained: Trained) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, config={})
+    model, optimizer = trained(0)
+    folder = manager.save(model, optimizer, RunState(step=2))
+    resumed_model, resumed = trained(1)
+    manager.restore(folder, resumed_model, resumed)
+    for step in range(9):
+        for one, two in zip(model.parameters(), resumed_model.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+            two.grad = one.grad.clone()
+        optimizer.step()
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+def test_the_newest_are_kept(tmp_path: Path, trained: Trained) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, config={})
+    for step in (5, 10, 100):
+        manager.save(*trained(0), RunState(step=step))
+    assert names(tmp_path) == ["step-000000010", "step-000000100"]
+    assert [p.name for p in committed(tmp_path)] == ["step-000000100", "step-000000010"]
+
+
+def test_a_committed_step_is_left_as_it_is(tmp_path: Path, trained: Trained) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, config={})
+    folder = manager.save(*trained(0), RunState(step=5))
+    before = verify(folder)
+    assert manager.save(*trained(1), RunState(step=5)) == folder
+    assert verify(folder) == before
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path, trained: Trained) -> None:
+    for name in ("step-000000009.0a1b2c3d.part", "step-000000008.damaged", "step-7", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000000006").write_text("a file")
+    assert committed(tmp_path) == []
+    assert committed(tmp_path / "absent") == []
+    CheckpointManager(tmp_path, keep=2, config={}).save(*trained(0), RunState(step=9))
+    assert [p.name for p in committed(tmp_path)] == ["step-000000009"]
+
+
+def test_a_save_that_fails_commits_nothing(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hopescale.checkpoint.manager.write_manifest", fail)
+    with pytest.raises(OSError, match="disk full"):
+        CheckpointManager(tmp_path, keep=2, config={}).save(*trained(0), RunState(step=4))
+    assert committed(tmp_path) == []
+
+
+def test_a_damaged_or_foreign_checkpoint_is_not_restored(tmp_path: Path, trained: Trained) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, config={})
+    folder = manager.save(*trained(0), RunState(step=4))
+    _, optimizer = trained(1)
+    other = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="model/weight"):
+        manager.restore(folder, other, optimizer)
+
+    with (folder / "rank-00000.bin").open("r+b") as stream:
+        stream.seek(3)
+        stream.write(b"\x55\xaa")
+    model, optimizer = trained(1)
+    before = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
+    with pytest.raises(CheckpointError, match="sha256"):
+        manager.restore(folder, model, optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model, optimizer).items())

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.model.predictor import HopePredictor
+from hopescale.model.schema import ModelConfig
+from hopescale.optim.m3 import M3
+from hopescale.optim.routing import SHORTEST_SIDE, parameter_groups, route, routing_table
+from hopescale.optim.schema import OptimizerConfig
+
+
+def predictor(**fields: Any) -> HopePredictor:
+    config = {
+        "encoder_dim": 16,
+        "grid": (3, 3),
+        "state_dim": 3,
+        "width": 24,
+        "block_pattern": ("S", "H", "T"),
+        "memory": {"heads": 2, "hidden_multiplier": 1.0},
+        "attention": {"heads": 2},
+        "spatial_mixing": True,
+    }
+    with torch.device("meta"):
+        return HopePredictor(ModelConfig.model_validate(config | fields))
+
+
+def groups(config: dict[str, Any] | None = None, **fields: Any) -> list[dict[str, Any]]:
+    return parameter_groups(predictor(**fields).named_parameters(), OptimizerConfig.model_validate(config or {}))
+
+
+def test_every_parameter_goes_where_its_kind_belongs() -> None:
+    routes = {r.name: r.group for r in route(predictor().named_parameters())}
+    assert routes.keys() == dict(predictor().named_parameters()).keys()
+    by_group: dict[str, set[str]] = {}
+    for name, group in routes.items():
+        by_group.setdefault(group, set()).add(name)
+    attention = {
+        f"blocks.{n}.{part}.weight" for n in (0, 2) for part in ("attention.qkv", "attention.project", "fc1", "fc2")
+    }
+    assert by_group["titan"] == {"blocks.1.memory.w1", "blocks.1.memory.w2"}
+    assert by_group["cms"] == {f"blocks.1.cms.levels.{n}.{fc}.weight" for n in range(3) for fc in ("fc1", "fc2")}
+    assert by_group["attention"] == attention
+    assert by_group["projections"] == {
+        "embed.weight",
+        "project.weight",
+        "blocks.1.memory.query.weight",
+        "blocks.1.memory.out.weight",
+        "blocks.1.spatial_mixing.first.weight",
+        "blocks.1.spatial_mixing.second.weight",
+    }
+    assert by_group["embeddings"] == {
+        "frame_position.weight",
+        "target_position.weight",
+        "action_encoder.weight",
+        "state_encoder.weight",
+    }
+    parameters = dict(predictor().named_parameters())
+    assert by_group["vectors"] == {
+        name
+        for name, p in parameters.items()
+        if p.ndim == 1 or name.endswith(("memory.norm_weight", "memory.norm_bias"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [
+        ((SHORTEST_SIDE, 64), "projections"),
+        ((SHORTEST_SIDE - 1, 64), "embeddings"),
+        ((64, SHORTEST_SIDE - 1), "embeddings"),
+        ((3, 64, SHORTEST_SIDE), "projections"),
+        ((64, 64, 2), "embeddings"),
+    ],
+)
+def test_matrices_with_a_short_side_are_not_orthogonalised(shape: tuple[int, ...], group: str) -> None:
+    (found,) = route([("embed.weight", torch.empty(shape))])
+    assert (found.group, found.shape) == (group, shape)
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    parameters = dict.fromkeys(
+        ("blocks.0.cms.levels.0.norm.weight", "blocks.0.cms.levels.0.fc1.bias", "blocks.0.attention.qkv.bias"),
+        torch.empty(32),
+    )
+    assert [r.group for r in route(parameters.items())] == ["vectors"] * 3
+
+
+def test_a_parameter_that_no_rule_names_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"blocks\.0\.gate.*routing\.py"):
+        route([("blocks.0.gate", torch.empty(32, 32))])
+
+
+def test_groups_come_in_the_order_of_the_configuration_and_hold_each_parameter_once() -> None:
+    found = groups()
+    assert [g["name"] for g in found] == ["titan", "cms", "attention", "projections", "embeddings", "vectors"]
+    assert [g["algorithm"] for g in found] == ["adamw", "m3", "m3", "m3", "adamw", "adamw"]
+    names = [name for g in found for name in g["param_names"]]
+    assert sorted(names) == sorted(dict(predictor().named_parameters()))
+    model = predictor()
+    by_name: dict[str, Tensor] = dict(model.named_parameters())
+    for group in parameter_groups(model.named_parameters(), OptimizerConfig()):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert parameter is by_name[name]
+
+
+def test_groups_carry_their_own_rate_and_decay() -> None:
+    settings = {
+        "lr": 0.1,
+        "weight_decay": 0.04,
+        "groups": {"titan": {"lr_scale": 0.3, "weight_decay": 0.2}, "cms": {"algorithm": "adamw"}},
+    }
+    by_name = {g["name"]: g for g in groups(settings)}
+    assert (by_name["titan"]["lr"], by_name["titan"]["weight_decay"]) == (pytest.approx(0.03), 0.2)
+    assert (by_name["cms"]["lr"], by_name["cms"]["weight_decay"]) == (0.1, 0.04)
+    assert by_name["vectors"]["weight_decay"] == 0.0
+    assert by_name["cms"]["algorithm"] == "adamw"
+
+
+def test_groups_that_own_nothing_are_left_out() -> None:
+    assert "cms" not in [g["name"] for g in groups(cms={"levels": []})]
+    assert "titan" not in [g["name"] for g in groups(block_pattern=("S",))]
+
+
+def test_asking_for_m3_where_it_would_own_nothing_is_refused() -> None:
+    adamw = {"algorithm": "adamw"}
+    settings = {"groups": {"titan": {"algorithm": "m3"}, "cms": adamw, "attention": adamw, "projections": adamw}}
+    with pytest.raises(ValueError, match="m3 is asked for groups titan"):
+        groups(settings, block_pattern=("S",))
+
+
+def test_the_table_has_a_line_for_each_group() -> None:
+    found = groups({"lr": 2e-4})
+    header, *lines = routing_table(found).splitlines()
+    assert header.split() == ["group", "algorithm", "tensors", "parameters", "lr", "decay"]
+    assert lines[1].split() == ["cms", "m3", "6", f"{2 * 24 * 24 * 7.5:,.0f}", "2.00e-04", "0.04"]
+    assert sum(int(line.split()[3].replace(",", "")) for line in lines) == sum(
+        p.numel() for p in predictor().parameters()
+    )
+
+
+def test_the_groups_make_an_optimizer() -> None:
+    config = OptimizerConfig()
+    model = predictor()
+    optimizer = M3(parameter_groups(model.named_parameters(), config), config)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
