@@ -45,13 +45,16 @@ def train(overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")], overrides: Overrides = None, as_json: Json = False
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    overrides: Overrides = None,
+    pixels: Annotated[Path | None, typer.Option(help="Folder of the clips' pixels, for filmstrips.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a run's newest checkpoint on all held-out clips, with baselines and ablations."""
     from hopescale.evaluate_run import evaluate_run
     from hopescale.report.tables import print_result
 
-    result = evaluate_run(run, overrides or [])
+    result = evaluate_run(run, overrides or [], pixels)
     if not as_json:
         print_result(result)
     _finish(result, as_json)

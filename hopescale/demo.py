@@ -7,6 +7,7 @@ content and made once; training, evaluation and report always run.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -116,12 +117,20 @@ def make_data(config: Config, bar: Bar, seconds: dict[str, float], cached: list[
         content_key(*features_key_parts(_digest(pixels / PIXELS_FILE))),
         lambda out: encode(pixels, out, progress=bar("encode")),
     )
-    data = stage(
+    shards = stage(
         "shard",
         content_key(*shards_key_parts(_digest(features / FEATURES_FILE))),
         lambda out: shard(features, out, progress=bar("shard")),
     )
-    return pixels, data
+    return pixels, _name_link(root / config.demo.preset, shards)
+
+
+def _name_link(link: Path, folder: Path) -> Path:
+    """Give a cached folder a name that stays when its content changes; `experiment=demo` trains on that name."""
+    part = link.with_name(f".{link.name}-{os.getpid()}")
+    part.symlink_to(folder.name)
+    part.rename(link)
+    return link
 
 
 def _digest(document: Path) -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from data_pipeline.errors import DataError, MissingExtra, Problem, UserError, missing_extra
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "Diverged", "MissingExtra", "Problem", "UserError", "missing_extra"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Diverged",
+    "MissingExtra",
+    "Problem",
+    "UserError",
+    "missing_extra",
+]
 
 EXIT_DONE = 0
 EXIT_USER = 2

@@ -119,7 +119,9 @@ class Trainer:
         keys = ", ".join(key for clips in batches.micro for key in clips.keys)
         logger.warning("skipped attempt %d: gradients are not finite; clips %s", self.state.attempted_steps, keys)
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            rule = f"{MAX_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite, after step {self.state.step}"
+            rule = (
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite, after step {self.state.step}"
+            )
             fix = "lower optimizer.lr or optimizer.clip.max_norm, and go on from an earlier checkpoint"
             raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
 

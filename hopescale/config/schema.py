@@ -83,7 +83,7 @@ class DemoConfig(BaseModel):
     preset: Literal["full", "smoke"] = "full"
     """full: 6 partitions of 75 training and 16 held-out clips; smoke: 12 and 4, and 20 steps."""
     cache: str = "data/demo"
-    """Folder for pixels, features and shards, each under a name derived from its content."""
+    """Folder for pixels, features and shards, named by content; a link called like the preset names the newest."""
     ranks: PositiveInt = 2
     """Ranks that train."""
 

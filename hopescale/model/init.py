@@ -16,7 +16,10 @@ EMBEDDING_STD = 0.02
 MATRIX_STD = 0.02
 REFERENCE_FAN_IN = 384
 """A matrix with this many inputs starts at MATRIX_STD; others keep the size of their output, MATRIX_STD
-sqrt(REFERENCE_FAN_IN / inputs). Without it narrow inputs, actions above all, start out unheard."""
+sqrt(REFERENCE_FAN_IN / inputs)."""
+
+CONDITIONING_STD = 1.0
+"""Of an action's or state's embedding, for inputs of about 1: a few numbers must be heard beside a whole frame."""
 
 HEAD_STD = 0.004
 """Of the projection back to channels: a fresh predictor that emits changes all but repeats the newest frame."""
@@ -34,8 +37,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Set every parameter of an unsharded model in place.
 
     Constants: norms 1, biases 0, the output matrix of spatial mixing 0 (a fresh block is then the block without it).
-    All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output
-    projection, and by fan-in for other matrices.
+    All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output projection,
+    1 / sqrt(inputs) for encoders of actions and states, and 0.02 sqrt(384 / inputs) for other matrices.
     """
     for name, parameter in model.named_parameters():
         constant = next((value for pattern, value in CONSTANTS if fnmatchcase(name, pattern)), None)
@@ -43,6 +46,8 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.fill_(constant)
         elif fnmatchcase(name, "*_position.weight"):
             parameter.copy_(_truncated_normal(parameter, EMBEDDING_STD, seed, name))
+        elif fnmatchcase(name, "*_encoder.weight"):
+            parameter.copy_(_truncated_normal(parameter, CONDITIONING_STD / parameter.shape[-1] ** 0.5, seed, name))
         elif name == "project.weight":
             parameter.copy_(_truncated_normal(parameter, HEAD_STD, seed, name))
         else:

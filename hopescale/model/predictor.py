@@ -14,6 +14,7 @@ from .schema import ModelConfig
 from .titan import MemoryTrace
 
 FEATURE_NORM_EPS = 1e-6
+POSITION_SCALE = 0.5
 
 
 class Prediction(NamedTuple):
@@ -33,12 +34,15 @@ def normalise(features: Float[Tensor, "*lead channels"]) -> Float[Tensor, "*lead
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "patches width"]:
-    """Fixed positions of patch tokens: half of the features tell the row, half the column (ViT, MAE)."""
+    """Fixed positions of patch tokens: half of the features tell the row, half the column (as in MAE).
+
+    Scaled to the size of a freshly embedded patch, which full waves would drown.
+    """
     quarter = width // 4
     rate = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
     row, column = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
     waves = [wave(axis[:, None] * rate) for axis in (row, column) for wave in (torch.sin, torch.cos)]
-    return F.pad(torch.cat(waves, dim=1), (0, width - 4 * quarter))
+    return POSITION_SCALE * F.pad(torch.cat(waves, dim=1), (0, width - 4 * quarter))
 
 
 class HopePredictor(nn.Module):

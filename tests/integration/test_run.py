@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def record_of(folder: Path, step: int) -> dict[str, float]:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for line in (folder / "metrics.jsonl").read_text().splitlines():
-            if re.match(r'\{"kind": "train", "step": %d,' % step, line) and line.endswith("}"):
+            if line.startswith(f'{{"kind": "train", "step": {step},') and line.endswith("}"):
                 return json.loads(line)
         time.sleep(0.1)
     pytest.fail(f"step {step} is not in metrics.jsonl")
@@ -67,7 +66,12 @@ def test_a_run_leaves_its_folder_and_can_be_evaluated_and_reported(hopescale, sm
     trained = hopescale("train", *small_run, "train.eval_every=3", "checkpoint.every=2", "checkpoint.keep=2")
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "run"
-    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "code": 0, "step": 6, "incarnation": 0}
+    assert json.loads((run / "status.json").read_text()) == {
+        "state": "finished",
+        "code": 0,
+        "step": 6,
+        "incarnation": 0,
+    }
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000004", "step-000000006"]
     kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert (kinds.count("train"), kinds.count("eval")) == (6, 2)

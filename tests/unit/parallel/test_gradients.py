@@ -87,7 +87,8 @@ def test_a_group_without_gradients_is_left_alone(mode: str) -> None:
 
 def test_clipping_bounds_the_joint_norm_like_torch() -> None:
     generator = torch.Generator().manual_seed(0)
-    found = groups(*([torch.randn(5, generator=generator).tolist() for _ in range(3)] for _ in range(2)))
+    rows: list[list[float] | None] = torch.randn(6, 5, generator=generator).tolist()
+    found = groups(rows[:3], rows[3:])
     parameters = [nn.Parameter(p.detach().clone()) for group in found for p in group["params"]]
     for parameter, group_gradient in zip(parameters, (g for group in gradients(found) for g in group), strict=True):
         parameter.grad = group_gradient.clone()

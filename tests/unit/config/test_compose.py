@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hopescale.config.compose import (
+    configs_folder,
+    load_config,
+    read_run_config,
+    to_tree,
+    to_yaml,
+    validate,
+    with_overrides,
+)
+from hopescale.config.schema import Config
+from hopescale.errors import ConfigError, Problem
+
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in configs_folder().iterdir() if p.is_dir()}
+
+
+def problems(*overrides: str) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    assert caught.value.exit_code == 2
+    assert all(len(str(problem).splitlines()) == 1 for problem in caught.value.problems)
+    return list(caught.value.problems)
+
+
+def problem(*overrides: str) -> Problem:
+    (found,) = problems(*overrides)
+    return found
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_composes_alone(experiment: str) -> None:
+    assert isinstance(load_config([f"experiment={experiment}"]), Config)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, option) for g, options in GROUPS.items() if g != "experiment" for option in options]
+)
+def test_every_file_of_every_group_composes(group: str, option: str) -> None:
+    config = load_config(["experiment=demo", f"{group}={option}"])
+    written = yaml.safe_load((configs_folder() / group / f"{option}.yaml").read_text())
+    # What the file sets and the experiment does not set again is what the configuration holds.
+    again = yaml.safe_load((configs_folder() / "experiment" / "demo.yaml").read_text()).get(group, {})
+    section = to_tree(config)[group]
+    assert {k: v for k, v in deep(written) if k not in dict(deep(again))}.items() <= dict(deep(section)).items()
+
+
+def deep(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves by dotted name; lists compare by their text, filled up with defaults where they hold sections."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from deep(value, f"{prefix}{key}.")
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from deep(value, f"{prefix}{number}.")
+    else:
+        yield prefix, str(tree)
+
+
+def test_no_choice_at_all_is_a_valid_configuration() -> None:
+    assert load_config([]).model.encoder_dim == 1024
+
+
+def test_later_values_win_over_files() -> None:
+    config = load_config(["model.width=64", "experiment=demo", "optimizer.lr=1e-4", "optimizer=adamw"])
+    assert (config.model.width, config.optimizer.lr) == (64, 1e-4)
+    assert config.optimizer.groups.cms.algorithm == "adamw"
+    assert load_config(["optimizer.lr=1", "optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+def test_lists_and_sections_can_be_set_whole() -> None:
+    config = load_config(
+        ["model.cms.levels=[{period: 2, hidden_multiplier: 1.0}]", "model.grid=[4,6]", "train={steps: 7, seed: 3}"]
+    )
+    assert [level.period for level in config.model.cms.levels] == [2]
+    assert config.model.num_patches == 24
+    assert (config.train.steps, config.train.seed, config.train.global_batch) == (7, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "fix"),
+    [
+        ("model.widht=3", "model.widht", "did you mean model.width?"),
+        ("model.memory.head=3", "model.memory.head", "did you mean model.memory.heads?"),
+        ("modle.width=3", "modle", "did you mean model?"),
+        ("optimiser.lr=1", "optimiser", "did you mean optimizer?"),
+        ("steps=5", "steps", "did you mean train.steps?"),
+        ("+model.widht=3", "model.widht", "did you mean model.width?"),
+        ("model.cms.levels=[{perido: 3}]", "model.cms.levels.0.perido", "did you mean model.cms.levels.0.period?"),
+        ("optimizer.levels=[{},{et: 0.5}]", "optimizer.levels.1.et", "did you mean optimizer.levels.1.eta?"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_name(override: str, field: str, fix: str) -> None:
+    found = problem(override)
+    assert (found.field, found.fix) == (field, fix)
+    assert "not a field" in found.rule
+
+
+@pytest.mark.parametrize(("override", "known"), [("model.memory.zzz=1", "heads"), ("zzz=1", "optimizer")])
+def test_an_unknown_key_like_no_other_is_answered_with_all_names(override: str, known: str) -> None:
+    assert "use one of" in problem(override).fix
+    assert known in problem(override).fix
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "words"),
+    [
+        ("model.width=abc", "model.width", "integer"),
+        ("model.width=384.0", "model.width", "integer"),
+        ("model.width='384'", "model.width", "integer"),
+        ("model.width=[1,2]", "model.width", "integer"),
+        ("model.width=null", "model.width", "integer"),
+        ("train.eval_every=true", "train.eval_every", "integer"),
+        ("model.spatial_mixing=1", "model.spatial_mixing", "boolean"),
+        ("optimizer.lr=fast", "optimizer.lr", "number"),
+        ("run.name=5", "run.name", "string"),
+        ("model.block_pattern=SHS", "model.block_pattern", "tuple"),
+        ("model.grid=[8]", "model.grid.1", "required"),
+        ("train=5", "train", "dictionary"),
+        ("model.memory=null", "model.memory", "dictionary"),
+        ("train.steps.first=3", "train.steps", "integer"),
+        ("model.block_pattern=[S,Q]", "model.block_pattern.1", "'S', 'T' or 'H'"),
+        ("parallel.precision=fp16", "parallel.precision", "'fp32' or 'bf16'"),
+        ("model.memory.meta_grad=second", "model.memory.meta_grad", "'fo', 'fo_kv' or 'so'"),
+        ("model.width=-4", "model.width", "greater than 0"),
+        ("train.steps=0", "train.steps", "greater than 0"),
+        ("train.global_batch=-1", "train.global_batch", "greater than 0"),
+        ("train.seed=-1", "train.seed", "greater than or equal to 0"),
+        ("train.seed=9223372036854775808", "train.seed", "less than"),
+        ("model.frames=1", "model.frames", "greater than or equal to 2"),
+        ("model.drop_path=1.0", "model.drop_path", "less than 1"),
+        ("model.block_pattern=[]", "model.block_pattern", "at least 1"),
+        ("optimizer.lr=-1.0", "optimizer.lr", "greater than 0"),
+        ("optimizer.lr=nan", "optimizer.lr", "finite|greater than 0"),
+        ("optimizer.lr=inf", "optimizer.lr", "finite"),
+        ("optimizer.clip.max_norm=0.0", "optimizer.clip.max_norm", "greater than 0"),
+        ("checkpoint.keep=1", "checkpoint.keep", "greater than or equal to 2"),
+        ("run.name=a/b", "run.name", "pattern"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(override: str, field: str, words: str) -> None:
+    found = problem(override)
+    assert found.field == field
+    assert any(word in found.rule for word in words.split("|"))
+    assert field in found.fix
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "words"),
+    [
+        (["model.memory.heads=5"], "model", "memory.heads=5 must divide width=384"),
+        (["model.memory.hidden_multiplier=0.0001"], "model", "hidden_multiplier=0.0001 x width"),
+        (["model.attention.heads=7"], "model", "attention.heads=7 must divide width=384"),
+        (["model.attention.heads=128"], "model", "even number"),
+        (["model.attention.mlp_multiplier=0.001"], "model", "mlp_multiplier"),
+        (
+            ["model.width=100", "model.attention.heads=2", "model.cms.levels=[{hidden_multiplier: 0.333}]"],
+            "model",
+            "cms",
+        ),
+        (["model.memory.self_modify=[main,main]"], "model.memory.self_modify", "at most once"),
+        (["objective.teacher_weight=0", "objective.jump_weight=0"], "objective", "must not both be 0"),
+        (["optimizer.schedule.warmup=0.6", "optimizer.schedule.decay=0.6"], "optimizer.schedule", "at most 1"),
+        (["optimizer.levels=[{period: 2}]"], "optimizer", "levels[0].period=2 must be 1"),
+        (["optimizer.groups.vectors.algorithm=m3"], "optimizer.groups", "vectors.algorithm must be adamw"),
+        (["optimizer.groups.embeddings.algorithm=m3"], "optimizer.groups", "embeddings.algorithm must be adamw"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_named(overrides: list[str], field: str, words: str) -> None:
+    found = problem(*overrides)
+    assert found.field == field
+    assert words in found.rule
+
+
+def test_attention_heads_do_not_matter_without_attention() -> None:
+    assert load_config(["model.block_pattern=[H]", "model.attention.heads=7"]).model.attention.heads == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("experiment=dmo", "did you mean demo?"),
+        ("optimizer=adam", "did you mean adamw?"),
+        ("optimizer=zzz", "choose one of adamw, m3"),
+        ("model={width: 5}", "choose one of"),
+        ("model=null", "choose one of"),
+    ],
+)
+def test_an_unknown_file_is_answered_with_the_nearest_one(override: str, fix: str) -> None:
+    found = problem(override)
+    assert found.field == override.split("=")[0]
+    assert fix in found.fix
+    assert "must be one of" in found.rule
+
+
+@pytest.mark.parametrize("override", ["experiment", "a b", "~model", "model.width=1,2", "model.grid[0]=3", "x=[1", ""])
+def test_an_override_that_cannot_be_parsed_is_quoted(override: str) -> None:
+    found = problem(override)
+    assert (found.field, found.value) == ("override", override)
+    assert "key=value" in found.rule
+
+
+@pytest.mark.parametrize("override", ["run.name=${nothing}", "train.steps=${oc.env:HOPESCALE_NOT_SET}"])
+def test_an_interpolation_that_leads_nowhere_is_a_mistake_of_the_user(override: str) -> None:
+    assert problem(override).field in ("override", override.split("=")[0])
+
+
+def test_all_mistakes_of_a_kind_are_reported_at_once() -> None:
+    found = problems("train.steps=0", "model.widht=5", "run.name=a/b", "zzz=1", "optimizer.schedule.warmup=2.0")
+    fields = {"train.steps", "model.widht", "run.name", "zzz", "optimizer.schedule.warmup"}
+    assert {p.field for p in found} == fields
+    assert len(problems("x=[1", "~model")) == 2
+    assert len(problems("model=x", "optimizer=y")) == 2
+
+
+def test_mistakes_of_different_kinds_are_reported_at_once() -> None:
+    found = problems("x=[1", "experiment=dmo", "model.widht=5")
+    assert {p.field for p in found} == {"override", "experiment", "model.widht"}
+
+
+@pytest.mark.parametrize("overrides", [[], ["experiment=demo", "optimizer=adamw", "data.view=[a,b]", "run.dir=x/y"]])
+def test_a_configuration_survives_yaml(overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(overrides)
+    assert validate(yaml.safe_load(to_yaml(config))) == config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_run_config(tmp_path) == config
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        read_run_config(tmp_path)
+
+
+def test_a_finished_configuration_takes_new_values_but_no_files() -> None:
+    config = load_config(["experiment=demo"])
+    changed = with_overrides(config, ["train.steps=9", "model.memory.heads=2"])
+    assert (changed.train.steps, changed.model.memory.heads, changed.run.name) == (9, 2, "demo")
+    assert config.train.steps == 400
+    for bad, field in (("optimizer=adamw", "optimizer"), ("train.stepz=9", "train.stepz"), ("train.steps", "override")):
+        with pytest.raises(ConfigError) as caught:
+            with_overrides(config, [bad])
+        assert [p.field for p in caught.value.problems] == [field]
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config([])
+    for section, field in ((config, "train"), (config.train, "steps"), (config.model.memory, "heads")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, field, 5)
+
+
+def sections(model: type[BaseModel], seen: set[type[BaseModel]] | None = None) -> Iterator[type[BaseModel]]:
+    """The model and every section below it, those in lists too."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    yield model
+    for info in model.model_fields.values():
+        for kind in (info.annotation, *typing.get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind, seen)
+
+
+SECTIONS = list(sections(Config))
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_and_field_says_in_a_sentence_what_it_is(section: type[BaseModel]) -> None:
+    assert section.__doc__
+    for name, info in section.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        if not nested:
+            assert info.description, f"{section.__name__}.{name} has no docstring"
+            assert info.description.endswith("."), f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_is_frozen_strict_and_closed(section: type[BaseModel]) -> None:
+    settings = section.model_config
+    assert (settings.get("frozen"), settings.get("strict"), settings.get("extra")) == (True, True, "forbid")
