@@ -19,7 +19,9 @@ MANIFEST_FORMAT = 1
 class DataConfig(BaseModel):
     """Which clips are read, and from where."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     path: str | None = None
     """Folder of the data set, the one that holds manifest.json; none lets the command choose or make one."""

@@ -42,7 +42,7 @@ def uniform(seed: int, step: int, positions: np.ndarray, layers: int, purpose: P
 def drop_path_draws(
     seed: int, step: int, positions: np.ndarray, num_blocks: int, branches: int
 ) -> Float[Tensor, "clips blocks branches"]:
-    """A number for every residual branch of every block, fp32."""
+    """A number in [0, 1] for every residual branch of every block, fp32."""
     draws = uniform(seed, step, positions, num_blocks * branches, Purpose.DROP_PATH)
     return torch.from_numpy(draws.astype(np.float32)).unflatten(1, (num_blocks, branches))
 

@@ -89,7 +89,9 @@ def verify(folder: Path) -> dict[str, Any]:
             beside them.
     """
     manifest = read_manifest(folder)
-    files: dict[str, list[Any]] = manifest["files"]
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(f, list) and len(f) == 2 for f in files.values()):
+        raise _broken(folder, f"has a {MANIFEST_FILE} that lists no files with their bytes and sha256")
     extra = {p.name for p in folder.iterdir()} - {MANIFEST_FILE, *files}
     if extra:
         raise _broken(folder, f"holds files the manifest does not list: {', '.join(sorted(extra))}")

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,22 @@ def newest_valid(root: Path) -> Path | None:
             verify(folder)
         except CheckpointError as error:
             reasons.extend(error.problems)
-            folder.rename(folder.with_name(folder.name + ".damaged"))
+            _set_aside(folder)
         else:
             return folder
+    if not reasons and root.is_dir():
+        rule = "was found damaged before, and nothing else is left to resume from"
+        fix = "restore it, or delete it to start from step 0"
+        reasons = [Problem("checkpoint", p, rule, fix) for p in sorted(root.glob("step-*.damaged*"))]
     if reasons:
         raise CheckpointError(reasons)
     return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint to a name that is free: one step can be damaged more than once."""
+    names = (f"{folder.name}.damaged{'' if n == 1 else f'-{n}'}" for n in count(1))
+    folder.rename(next(p for p in map(folder.with_name, names) if not p.exists()))
 
 
 def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class CheckpointConfig(BaseModel):
     """When to save and how much to keep."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     every: Annotated[int, Field(ge=0)] = 500
     """Steps between two checkpoints; 0 saves only at the end of the run."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,13 +131,11 @@ class RawReader(StorageReader):
             CheckpointError: an entry with an unknown dtype, or whose sizes do not agree with each other.
         """
         entries: dict[str, Any] = {}
-        for name, entry in json.loads((self.folder / TENSORS_FILE).read_text()).items():
-            pieces = [_parse_piece(name, entry["dtype"], piece) for piece in entry["pieces"]]
-            self.dtypes[name] = DTYPES[entry["dtype"]]
+        for name, (dtype, shape, pieces) in _parse_list(self.folder).items():
+            self.dtypes[name] = dtype
             self.pieces |= {MetadataIndex(name, piece.start): piece for piece in pieces}
             chunks = [ChunkStorageMetadata(torch.Size(p.start), torch.Size(p.shape)) for p in pieces]
-            properties = TensorProperties(dtype=self.dtypes[name])
-            entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+            entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
         return Metadata(entries, storage_data=self.pieces)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -179,12 +178,46 @@ class RawReader(StorageReader):
         return False
 
 
-def _parse_piece(name: str, dtype: str, raw: dict[str, Any]) -> Piece:
-    piece = Piece(tuple(raw["start"]), tuple(raw["shape"]), raw["file"], raw["begin"], raw["num_bytes"])
-    item = DTYPES[dtype].itemsize if dtype in DTYPES else 0
-    fits = math.prod(piece.shape) * item == piece.num_bytes and len(piece.start) == len(piece.shape)
-    plain = piece.file == Path(piece.file).name and min((*piece.start, *piece.shape, piece.begin), default=0) >= 0
-    if not (item and fits and plain):
-        rule = f"needs a dtype of {', '.join(DTYPES)} and a size of its shape times that"
-        raise CheckpointError(Problem(f"{TENSORS_FILE}:{name}", raw, rule, "use another checkpoint"))
-    return piece
+def _parse_list(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], list[Piece]]]:
+    path = folder / TENSORS_FILE
+    try:
+        raw = json.loads(path.read_text())
+        return {name: _parse_entry(folder, entry) for name, entry in raw.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        rule = f"is not a list of tensors and of pieces that fill each of them ({error!r})"
+        raise CheckpointError(Problem("checkpoint", path, rule, "use another checkpoint")) from error
+
+
+def _parse_entry(folder: Path, entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], list[Piece]]:
+    dtype, shape = DTYPES[entry["dtype"]], _sizes(entry["shape"])
+    pieces = [_parse_piece(folder, dtype, shape, piece) for piece in entry["pieces"]]
+    overlap = any(_overlap(a, b) for a, b in combinations(pieces, 2))
+    if overlap or sum(math.prod(p.shape) for p in pieces) != math.prod(shape):
+        raise ValueError(f"pieces that do not fill {list(shape)} exactly once")
+    return dtype, shape, pieces
+
+
+def _parse_piece(folder: Path, dtype: torch.dtype, whole: tuple[int, ...], raw: dict[str, Any]) -> Piece:
+    start, shape, (begin, num_bytes) = (
+        _sizes(raw["start"]),
+        _sizes(raw["shape"]),
+        _sizes([raw["begin"], raw["num_bytes"]]),
+    )
+    path = folder / raw["file"]
+    plain = raw["file"] == path.name and path.is_file() and not path.is_symlink()
+    inside = all(s + n <= w for s, n, w in zip(start, shape, whole, strict=True))
+    fits = math.prod(shape) * dtype.itemsize == num_bytes
+    if not (plain and inside and fits and begin + num_bytes <= path.stat().st_size):
+        raise ValueError(f"a piece that does not fit its tensor or its file: {raw}")
+    return Piece(start, shape, raw["file"], begin, num_bytes)
+
+
+def _overlap(a: Piece, b: Piece) -> bool:
+    """Whether two boxes share an element."""
+    return all(max(x, y) < min(x + n, y + m) for x, y, n, m in zip(a.start, b.start, a.shape, b.shape, strict=True))
+
+
+def _sizes(values: list[Any]) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values} are not sizes")
+    return tuple(values)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from hopescale.errors import ConfigError, Problem
@@ -41,11 +42,11 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: every override that cannot be parsed, or every field that breaks its rule.
     """
-    parsed = _parse(overrides)
+    parsed, problems = _parse(overrides)
     groups = _groups()
-    picks = [o for o in parsed if o.key_or_group in groups]
+    picks, unknown = _check_picks([o for o in parsed if o.key_or_group in groups], groups)
     values = [o for o in parsed if o.key_or_group not in groups]
-    _check_picks(picks, groups)
+    problems += unknown
     with initialize_config_dir(str(configs_folder()), version_base="1.3"):
         try:
             composed = compose("config", [str(o.input_line) for o in picks])
@@ -55,10 +56,13 @@ def load_config(overrides: Sequence[str]) -> Config:
                     "configs", configs_folder(), f"could not be composed ({error})", "repair the YAML file it names"
                 )
             ) from error
-    OmegaConf.set_struct(composed, False)
-    for override in values:
-        OmegaConf.update(composed, override.key_or_group, override.value(), merge=True, force_add=True)
-    return validate(OmegaConf.to_container(composed, resolve=True))
+    try:
+        config = validate(_with_values(composed, values))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def validate(tree: Any) -> Config:
@@ -79,21 +83,15 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an override that cannot be parsed or names a file, or a field that breaks its rule.
     """
-    tree = OmegaConf.create(to_tree(config))
-    parsed = _parse(overrides)
-    picks = [o for o in parsed if o.key_or_group in _groups()]
-    if picks:
-        raise ConfigError(
-            [
-                Problem(
-                    o.key_or_group, o.value(), "a finished configuration takes values only", "write section.field=value"
-                )
-                for o in picks
-            ]
-        )
-    for override in parsed:
-        OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
-    return validate(OmegaConf.to_container(tree, resolve=True))
+    parsed, problems = _parse(overrides)
+    problems += [
+        Problem(o.key_or_group, o.value(), "a finished configuration takes values only", "write section.field=value")
+        for o in parsed
+        if o.key_or_group in _groups()
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return validate(_with_values(OmegaConf.create(to_tree(config)), parsed))
 
 
 def read_run_config(run: Path) -> Config:
@@ -118,7 +116,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in overrides:
         try:
@@ -129,16 +127,28 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         except (HydraException, ValueError) as error:
             reason = str(error).splitlines()[0]
             problems.append(Problem("override", text, f"must be key=value ({reason})", "write section.field=value"))
-    if problems:
-        raise ConfigError(problems)
-    return parsed
+    return parsed, problems
+
+
+def _with_values(tree: DictConfig, values: Sequence[Override]) -> Any:
+    """Set the values and leave OmegaConf; a value that refers to something must find it."""
+    OmegaConf.set_struct(tree, False)
+    for override in values:
+        OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
+    try:
+        return OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        field = getattr(error, "full_key", None) or "configuration"
+        rule = f"refers to something that is not there ({str(error).splitlines()[0]})"
+        raise ConfigError(Problem(field, "${...}", rule, f"write the value of {field} itself")) from None
 
 
 def _groups() -> dict[str, list[str]]:
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in configs_folder().iterdir() if p.is_dir()}
 
 
-def _check_picks(picks: Sequence[Override], groups: dict[str, list[str]]) -> None:
+def _check_picks(picks: Sequence[Override], groups: dict[str, list[str]]) -> tuple[list[Override], list[Problem]]:
+    """Picks of files that exist, and a problem for each of the others."""
     problems = [
         Problem(
             o.key_or_group,
@@ -149,8 +159,7 @@ def _check_picks(picks: Sequence[Override], groups: dict[str, list[str]]) -> Non
         for o in picks
         if o.value() not in groups[o.key_or_group]
     ]
-    if problems:
-        raise ConfigError(problems)
+    return [o for o in picks if o.value() in groups[o.key_or_group]], problems
 
 
 def _problem(tree: Any, error: dict[str, Any]) -> Problem:
@@ -160,12 +169,10 @@ def _problem(tree: Any, error: dict[str, Any]) -> Problem:
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1]))
         everywhere = [".".join(p) for p in _all_fields(Config)]
-        close = difflib.get_close_matches(path[-1], known, n=1) or difflib.get_close_matches(field, everywhere, n=1)
-        fix = (
-            f"did you mean {'.'.join([*path[:-1], close[0]]) if close[0] in known else close[0]}?"
-            if close
-            else (f"use one of {', '.join(known)}" if known else "remove it")
-        )
+        near = [".".join([*path[:-1], name]) for name in difflib.get_close_matches(path[-1], known, n=1)]
+        # Elsewhere, but not the sections the field is in.
+        near += [name for name in difflib.get_close_matches(field, everywhere, n=1) if not field.startswith(name)]
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}" if known else "remove it"
         return Problem(field, error["input"], "is not a field of the configuration", fix)
     rule = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict | list | BaseModel) else _value_at(tree, path)
@@ -185,8 +192,11 @@ def _value_at(tree: Any, path: list[str]) -> Any:
 def _fields_at(path: list[str]) -> Iterator[str]:
     model: Any = Config
     for part in path:
-        info = getattr(model, "model_fields", {}).get(part)
-        model = info.annotation if info is not None else None
+        if part.isdigit():
+            model = next(iter(get_args(model)), None)
+        else:
+            info = getattr(model, "model_fields", {}).get(part)
+            model = info.annotation if info is not None else None
     yield from getattr(model, "model_fields", {})
 
 

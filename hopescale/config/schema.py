@@ -13,7 +13,7 @@ from hopescale.model.schema import ModelConfig, ObjectiveConfig
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.schema import ParallelConfig
 
-SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class EarlyStopConfig(BaseModel):

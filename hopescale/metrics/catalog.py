@@ -193,7 +193,7 @@ CATALOG: tuple[Metric, ...] = (
     Metric(
         key="memory_surprise",
         reduction="mean",
-        help="Mismatch of a write's prediction and target in the main memories, |v-o|^2 / (|v|^2 + |o|^2), 0 to 2.",
+        help="Squared distance of a write's prediction and target in the main memories, over the sum of their squares (0 to 2).",
     ),
     Metric(
         key="memory_fast_norm_ratio",

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class MetricsConfig(BaseModel):
     """What is measured, how often, and who may read it while the run lives."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     every: Annotated[int, Field(ge=1)] = 10
     """Log every this many steps; between two log steps all numbers stay on the device."""

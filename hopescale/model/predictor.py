@@ -100,7 +100,7 @@ class HopePredictor(nn.Module):
         Raises:
             ValueError: a tensor whose shape is not what the configuration says.
         """
-        self._check(features, actions, states)
+        self._check(features, actions, states, frame_offset)
         newest = normalise(features)
         x = self._tokens(newest, actions, states, target, frame_offset)
         kept, traces = [], []
@@ -141,13 +141,16 @@ class HopePredictor(nn.Module):
             tokens = tokens + self.target_position(target)[:, None, None]
         return tokens
 
-    def _check(self, features: Tensor, actions: Tensor, states: Tensor | None) -> None:
+    def _check(self, features: Tensor, actions: Tensor, states: Tensor | None, frame_offset: int) -> None:
         config, shape = self.config, features.shape
         if features.ndim != 4 or shape[2:] != (config.num_patches, config.encoder_dim):
             raise ValueError(
                 f"features have shape {tuple(shape)}; the model takes [batch, frames, {config.num_patches} patches, "
                 f"{config.encoder_dim} channels]"
             )
+        last, longest = frame_offset + shape[1], self.frame_position.num_embeddings
+        if last > longest:
+            raise ValueError(f"frames up to number {last - 1} are given; model.frames={config.frames} allows {longest}")
         if actions.shape != (*shape[:2], config.action_dim):
             raise ValueError(f"actions have shape {tuple(actions.shape)}; expected {(*shape[:2], config.action_dim)}")
         if config.state_dim and (states is None or states.shape != (*shape[:2], config.state_dim)):

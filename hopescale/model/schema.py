@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 BlockKind = Literal["S", "T", "H"]
 MemoryName = Literal["key", "value", "eta", "alpha", "main"]

@@ -47,7 +47,8 @@ class MemoryTrace(NamedTuple):
     """Detached figures of the writes of one pass: one column a write (none where nothing was written)."""
 
     surprise: Float[Tensor, "batch writes"]
-    """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o of the main memory, in [0, 2]."""
+    """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o, in [0, 2], of the main memory (the first written
+    one, if the main memory is only read)."""
     retention: Float[Tensor, "batch writes"]
     write_ratio: Float[Tensor, "batch writes"]
     """Norm of the write over the norm of what it is written into."""
@@ -61,7 +62,8 @@ class TitanMemory(nn.Module):
     def __init__(self, config: MemoryConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.written = [MEMORIES.index(name) for name in config.self_modify]
+        self.written = sorted(MEMORIES.index(name) for name in config.self_modify)
+        self.watched = self.written.index(MAIN) if MAIN in self.written else 0
         heads, features = config.heads, width // config.heads
         hidden = round(config.hidden_multiplier * width / heads)
         self.query = nn.Linear(width, width, bias=False)
@@ -160,7 +162,7 @@ class TitanMemory(nn.Module):
         fast = FastWeights(_replace(fast.w1, self.written, new1), _replace(fast.w2, self.written, new2))
         with torch.no_grad():
             trace = MemoryTrace(
-                surprise=_surprise(predicted[-1], target[-1]),
+                surprise=_surprise(predicted[self.watched], target[self.watched]),
                 retention=reading.retention.detach().mean(dim=(1, 2, 3)),
                 write_ratio=(_norm(delta1) / _norm(seen1)).mean(dim=(0, 2, 3, 4)),
                 norm_ratio=_norm(fast.w1[MAIN].detach()).mean(dim=(1, 2, 3)) / start_norm,
@@ -198,7 +200,7 @@ def _select(w: Tensor, which: list[int]) -> Tensor:
 
 
 def _replace(w: Tensor, which: list[int], new: Tensor) -> Tensor:
-    return new if len(which) == w.shape[0] else w.index_copy(0, torch.tensor(which, device=w.device), new)
+    return new if len(which) == w.shape[0] else w.to(new.dtype).index_copy(0, torch.tensor(which, device=w.device), new)
 
 
 def _stack(traces: list[MemoryTrace], like: Tensor) -> MemoryTrace:

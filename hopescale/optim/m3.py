@@ -134,6 +134,8 @@ def _check_group(group: dict[str, Any]) -> None:
     group["params"] = list(group["params"])
     if not group["params"]:
         raise ValueError(f"optimizer group {name} has no parameters")
+    if len(set(map(id, group["params"]))) < len(group["params"]):
+        raise ValueError(f"optimizer group {name} holds a parameter twice")
     for parameter in group["params"]:
         if not parameter.is_floating_point():
             raise ValueError(f"optimizer group {name} holds a {parameter.dtype} parameter; only real floats train")

@@ -9,7 +9,7 @@ from torch import Tensor
 Coefficients = tuple[tuple[float, float, float], ...]
 
 COEFFICIENTS: dict[str, Coefficients] = {
-    # K. Jordan's Muon; torch.optim.Muon's default. Fast, singular values end within about 0.75 .. 1.13.
+    # K. Jordan's Muon; torch.optim.Muon's default. Fast, singular values end within about 0.68 .. 1.13.
     "simple": ((3.4445, -4.7750, 2.0315),),
     # Y. You's five-step set, used by dion. Singular values end within about 0.98 .. 1.03.
     "quintic": (

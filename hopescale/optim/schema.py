@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 Algorithm = Literal["m3", "adamw"]
 Beta = Annotated[float, Field(ge=0, lt=1)]

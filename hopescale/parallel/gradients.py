@@ -33,7 +33,8 @@ def clip_gradients(groups: list[dict[str, Any]], norms: Tensor, config: ClipConf
     factors = (config.max_norm / measured.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
     for group, factor in zip(groups, factors, strict=True):
         gradients = [_local(p.grad) for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
 def _is_sharded(groups: list[dict[str, Any]]) -> bool:

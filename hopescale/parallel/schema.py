@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 class ParallelConfig(BaseModel):
     """How one model is spread over ranks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     engine: Literal["fsdp"] = "fsdp"
     """Who shards parameters, gradients and optimizer state: fsdp is PyTorch's FSDP2."""

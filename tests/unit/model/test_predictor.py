@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hopescale.model import init
 from hopescale.model.block import AttentionBlock, HopeBlock, build_block, drop_path
 from hopescale.model.init import initialise
 from hopescale.model.objective import clip_losses
@@ -280,6 +281,23 @@ def test_drop_path_depends_on_its_draws_and_on_nothing_else(small_predictor: Bui
     assert differs.all()
 
 
+def test_every_branch_of_every_block_has_its_own_draw(small_predictor: Build, small_input: Draw) -> None:
+    model, given = small_predictor(drop_path=0.5), small_input()
+    kept = torch.full((2, 4, 3), 0.99)
+    seen = [model(*given, draws=kept).frames]
+    for block, kind in enumerate(model.config.block_pattern):
+        for branch in range(3):
+            draws = kept.clone()
+            draws[:, block, branch] = 0.0
+            dropped = model(*given, draws=draws).frames
+            # The first block never drops; attention blocks have two branches.
+            if block == 0 or (kind != "H" and branch == 2):
+                assert torch.equal(dropped, seen[0])
+            else:
+                assert not any(torch.allclose(dropped, other, atol=1e-4) for other in seen)
+                seen.append(dropped)
+
+
 def test_drop_path_rates_rise_linearly_from_zero(small_config: Callable[..., ModelConfig]) -> None:
     model = HopePredictor(small_config(block_pattern=("S", "H", "T"), drop_path=0.2))
     rates = [block.drop_rate for block in model.blocks if isinstance(block, AttentionBlock | HopeBlock)]
@@ -357,18 +375,23 @@ def test_initial_spreads_follow_the_number_of_inputs() -> None:
     model = initialised(ModelConfig(width=96, encoder_dim=40, grid=(2, 2), attention={"heads": 4}))  # type: ignore[arg-type]
     # A normal distribution cut at two standard deviations keeps 0.8796 of its spread.
     shrink = 0.8796
+
+    def by_inputs(inputs: int) -> float:
+        return init.MATRIX_STD * math.sqrt(init.REFERENCE_FAN_IN / inputs)
+
     expected = {
-        "blocks.1.memory.w1": 0.02 * math.sqrt(384 / 96),
-        "blocks.1.memory.w2": 0.02 * math.sqrt(384 / 384),
-        "blocks.1.cms.levels.2.fc2.weight": 0.02 * math.sqrt(384 / 288),
-        "blocks.0.attention.qkv.weight": 0.02 * math.sqrt(384 / 96),
-        "embed.weight": 0.02 * math.sqrt(384 / 40),
-        "frame_position.weight": 0.02,
-        "project.weight": 0.004,
+        "blocks.1.memory.w1": by_inputs(96),
+        "blocks.1.memory.w2": by_inputs(384),
+        "blocks.1.cms.levels.2.fc2.weight": by_inputs(288),
+        "blocks.0.attention.qkv.weight": by_inputs(96),
+        "embed.weight": by_inputs(40),
+        "action_encoder.weight": init.CONDITIONING_STD / math.sqrt(2),
+        "frame_position.weight": init.EMBEDDING_STD,
+        "project.weight": init.HEAD_STD,
     }
     spreads = {name: p.detach().std().item() for name, p in model.named_parameters() if name in expected}
     for name, std in expected.items():
-        assert spreads[name] == pytest.approx(shrink * std, rel=0.06), name
+        assert spreads[name] == pytest.approx(shrink * std, rel=0.1), name
 
 
 def test_fresh_mixing_is_no_mixing(small_config: Callable[..., ModelConfig], small_input: Draw) -> None:
