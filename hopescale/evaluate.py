@@ -6,7 +6,7 @@ sums are added up over ranks once, at the end, and only then divided.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ class Errors:
     def mean(self, name: str) -> Tensor:
         """Mean error [partitions, horizons]."""
         return self.sums[name] / self.counts[name]
+
+    def overall(self, name: str, horizons: slice) -> Tensor:
+        """Mean error of each partition over the given horizons."""
+        return self.sums[name][:, horizons].sum(1) / self.counts[name][:, horizons].sum(1)
 
     def skill(self, name: str, baseline: str, horizons: slice) -> Tensor:
         """1 - sum(error) / sum(baseline error) of each partition, over the given horizons."""
@@ -157,7 +161,7 @@ def summarise(errors: Errors, partitions: Sequence[str]) -> dict[str, Any]:
     """Skills, ratios and baselines of each partition, and their mean over partitions.
 
     Returns:
-        Means at the top level; each partition's own under "partitions".
+        Means at the top level; each partition's own under "partitions"; None where no clip is long enough.
     """
     every, last = slice(None), slice(-1, None)
     columns = {
@@ -170,22 +174,24 @@ def summarise(errors: Errors, partitions: Sequence[str]) -> dict[str, Any]:
             columns[f"{kind}_ratio_one_step"] = errors.ratio(f"one_step_{kind}", "one_step", every)
             columns[f"{kind}_ratio_far"] = errors.ratio(f"rollout_{kind}", "rollout", last)
     baselines = {
-        "copy_last_one_step": errors.mean("one_step_copy_last").mean(1),
-        "copy_last_far": errors.mean("copy_last")[:, -1],
-        "mean_frame_one_step": errors.mean("mean_frame").mean(1),
-        "mean_frame_far": errors.mean("mean_frame")[:, -1],
+        "copy_last_one_step": errors.overall("one_step_copy_last", every),
+        "copy_last_far": errors.overall("copy_last", last),
+        "mean_frame_one_step": errors.overall("mean_frame", every),
+        "mean_frame_far": errors.overall("mean_frame", last),
     }
 
-    def row(number: int) -> dict[str, Any]:
-        return {k: float(v[number]) for k, v in columns.items()} | {
-            "baselines": {k: float(v[number]) for k, v in baselines.items()}
+    def row(pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {name: _defined(pick(values)) for name, values in columns.items()} | {
+            "baselines": {name: _defined(pick(values)) for name, values in baselines.items()}
         }
 
-    return {
-        **{name: float(values.mean()) for name, values in columns.items()},
-        "baselines": {name: float(values.mean()) for name, values in baselines.items()},
-        "partitions": {name: row(number) for number, name in enumerate(partitions)},
-    }
+    rows = {name: row(lambda values, number=number: values[number]) for number, name in enumerate(partitions)}
+    return {**row(torch.nanmean), "partitions": rows}
+
+
+def _defined(value: Tensor) -> float | None:
+    """A number, or None where there was nothing to measure (a partition whose clips are too short for a horizon)."""
+    return float(value) if value.isfinite() else None
 
 
 @torch.no_grad()

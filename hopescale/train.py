@@ -97,7 +97,7 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         info |= {"config_hash": config_hash(config), "incarnation": str(incarnation)}
         recorder, endpoint = open_recorder(config, run, launch, groups, info, state.step, device)
 
-        def evaluate() -> dict[str, float]:
+        def evaluate() -> dict[str, float | None]:
             errors = held_out_errors(
                 model,
                 held_out,

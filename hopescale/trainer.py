@@ -46,7 +46,7 @@ class Trainer:
     data: GlobalBatches
     recorder: Recorder
     checkpoints: CheckpointManager
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, float | None]]
     state: RunState
     device: torch.device
     world_size: int
@@ -170,11 +170,13 @@ class Trainer:
         with self.clock.paused():
             skills = self.evaluate()
             for name in SKILLS:
-                self.recorder.set("skill", skills[name], kind=name.removeprefix("skill_"))
+                if (skill := skills[name]) is not None:
+                    self.recorder.set("skill", skill, kind=name.removeprefix("skill_"))
             self.recorder.flush(self.state.step, kind="eval")
         watch = self.config.run.early_stop
-        gained = self.state.best is None or skills[watch.metric] > self.state.best + watch.min_gain
-        self.state.best = skills[watch.metric] if gained else self.state.best
+        skill, best = skills[watch.metric], self.state.best
+        gained = skill is not None and (best is None or skill > best + watch.min_gain)
+        self.state.best = skill if gained else best
         self.state.evaluations_without_gain = 0 if gained else self.state.evaluations_without_gain + 1
 
     def save(self) -> None:

@@ -193,7 +193,7 @@ CATALOG: tuple[Metric, ...] = (
     Metric(
         key="memory_surprise",
         reduction="mean",
-        help="Squared distance of a write's prediction and target in the main memories, over the sum of their squares (0 to 2).",
+        help="Squared distance of a write's prediction and target over the sum of their squares (0 to 2).",
     ),
     Metric(
         key="memory_fast_norm_ratio",
