@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.cache import write_json
 from data_pipeline.pixels import read_frames
 from data_pipeline.reader import ClipReader
 from hopescale.checkpoint import contents
@@ -95,9 +95,7 @@ def newest(root: Path) -> Path:
 
 def write_result(run: RunFolder, result: dict[str, Any]) -> None:
     """Replace result.json atomically."""
-    part = run.result.with_suffix(".json.part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, run.result)
+    write_json(run.result, result)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from hopescale.checkpoint.manifest import write_json
+from data_pipeline.cache import write_json
 from hopescale.config.compose import to_yaml
 from hopescale.config.schema import Config
 

@@ -15,12 +15,13 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.optim import Optimizer
 
+from data_pipeline.cache import sync_folder
 from hopescale import __version__
 from hopescale.errors import CheckpointError, Problem
 
 from . import contents
 from .contents import RunState
-from .manifest import describe, sync_folder, verify, write_manifest
+from .manifest import describe, verify, write_manifest
 from .storage import TENSORS_FILE, RawReader, RawWriter
 
 STEP_FOLDER = re.compile(r"step-(\d{9,})")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cache import write_json
 from hopescale.errors import CheckpointError, Problem
 
 MANIFEST_FILE = "MANIFEST.json"
@@ -41,26 +41,6 @@ def write_manifest(folder: Path, files: dict[str, list[Any]], content: dict[str,
         content: everything else a resume needs to know, as JSON values.
     """
     write_json(folder / MANIFEST_FILE, {"format": FORMAT, **content, "files": dict(sorted(files.items()))})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically and durably: a reader sees the old or the new one, also after a power cut."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -15,21 +15,21 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.train_step import train_step
 
+SMALL = [
+    "model.encoder_dim=12",
+    "model.grid=[2,2]",
+    "model.frames=4",
+    "model.width=24",
+    "model.block_pattern=[S,H]",
+    "model.memory.heads=2",
+    "model.attention.heads=2",
+    "objective.jump_horizons=2",
+]
+
 
 @pytest.fixture
 def config() -> Config:
-    return load_config(
-        [
-            "model.encoder_dim=12",
-            "model.grid=[2,2]",
-            "model.frames=4",
-            "model.width=24",
-            "model.block_pattern=[S,H]",
-            "model.memory.heads=2",
-            "model.attention.heads=2",
-            "objective.jump_horizons=2",
-        ]
-    )
+    return load_config(SMALL)
 
 
 def built(config: Config) -> tuple[HopePredictor, M3]:
@@ -85,20 +85,8 @@ def test_a_clip_of_weight_0_trains_nothing(config: Config) -> None:
     assert torch.equal(*weights)
 
 
-def test_bf16_keeps_parameters_and_fast_weights_in_fp32(config: Config) -> None:
-    config = load_config(
-        [
-            "model.encoder_dim=12",
-            "model.grid=[2,2]",
-            "model.frames=4",
-            "model.width=24",
-            "model.block_pattern=[S,H]",
-            "model.memory.heads=2",
-            "model.attention.heads=2",
-            "objective.jump_horizons=2",
-            "parallel.precision=bf16",
-        ]
-    )
+def test_bf16_keeps_parameters_and_fast_weights_in_fp32() -> None:
+    config = load_config([*SMALL, "parallel.precision=bf16"])
     model, optimizer = built(config)
     seen: set[torch.dtype] = set()
     memory = model.blocks[1].memory
