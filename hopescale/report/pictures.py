@@ -71,9 +71,9 @@ def overview(evaluation: Evaluation, clip: int | None = None) -> Figure:
 
     Args:
         evaluation: evaluation arrays.
-        clip: index of the sample clip; by default the one whose true features change most, so that motion shows.
+        clip: index of the sample clip; by default the one predicted about as well as clips are on average.
     """
-    clip = most_motion(evaluation) if clip is None else clip
+    clip = typical_clip(evaluation) if clip is None else clip
     projection = features.fit_projection(evaluation.sample_truth)
     truth = features.colours(evaluation.sample_truth[clip], projection, evaluation.grid)
     predicted = features.colours(evaluation.sample_prediction[clip], projection, evaluation.grid)
@@ -90,7 +90,7 @@ def overview(evaluation: Evaluation, clip: int | None = None) -> Figure:
             figure, f"{len(truth) - 1} frames predicted from one", f"Held-out clip, {name}", side, 0.26, height
         )
         curve = figure.add_axes((0.735, 0.6 / height, 0.165, 1 - 1.63 / height))
-        skill = 1 - evaluation.rollout_error[:, -1].sum() / max(float(evaluation.copy_last_error[:, -1].sum()), 1e-12)
+        skill = mean_skill(evaluation)
         amount = f"{abs(skill):.0%} {'less' if skill >= 0 else 'more'} error"
         style.headline(figure, amount, f"than copying the frame, {horizon} ahead", 0.684, 0.26, height)
         plots.draw_horizon_summary(curve, evaluation)
@@ -130,9 +130,18 @@ def varied_clips(evaluation: Evaluation, count: int) -> list[int]:
     return sorted(index for _, index in sorted(ranked)[:count])
 
 
-def most_motion(evaluation: Evaluation) -> int:
-    """Return the index of the sample clip whose true features change most between frames."""
-    return int(np.abs(np.diff(evaluation.sample_truth, axis=1)).mean(axis=(1, 2, 3)).argmax())
+def mean_skill(evaluation: Evaluation) -> float:
+    """Return 1 - error / copy-last error at the last horizon, mean over partitions."""
+    copied = np.maximum(evaluation.copy_last_error[:, -1], 1e-12)
+    return float(np.mean(1 - evaluation.rollout_error[:, -1] / copied))
+
+
+def typical_clip(evaluation: Evaluation) -> int:
+    """Return the index of the sample clip whose skill at the last frame is nearest to the mean skill."""
+    truth, predicted = evaluation.sample_truth, evaluation.sample_prediction[:, -1]
+    error = np.abs(predicted - truth[:, -1]).mean(axis=(1, 2))
+    copied = np.maximum(np.abs(truth[:, 0] - truth[:, -1]).mean(axis=(1, 2)), 1e-12)
+    return int(np.abs(1 - error / copied - mean_skill(evaluation)).argmin())
 
 
 def _title(evaluation: Evaluation, clip: int) -> str:
@@ -141,7 +150,7 @@ def _title(evaluation: Evaluation, clip: int) -> str:
 
 def _frame_grid(rows: int, frames: int, title: str, bar: bool, pairs: bool = False) -> tuple[Figure, list[list[Axes]]]:
     """Return a figure of square panels, [rows][frames]; with `pairs`, a wider gap after every second row."""
-    side, gap, left, right = 1.12, 0.06, 1.05, 0.75 if bar else 0.1
+    side, gap, left, right = 1.12, 0.06, 1.25, 0.75 if bar else 0.1
     top = 0.72 if title else 0.36
     pair_gap = 0.16
     extra = pair_gap * (rows // 2 - 1) if pairs else 0.0
