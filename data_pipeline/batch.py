@@ -46,15 +46,12 @@ class ClipBatch:
     partitions: list[str]
 
     def to(self, device: torch.device | str) -> ClipBatch:
-        """Return the batch with all tensors on `device`; copies from pinned memory do not block."""
+        """Return the batch on `device`, but for what the host decides by: lengths, weights and positions stay there."""
         return replace(
             self,
             features=self.features.to(device, non_blocking=True),
             actions=self.actions.to(device, non_blocking=True),
             states=None if self.states is None else self.states.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
         )
 
     def without_weight(self) -> ClipBatch:

@@ -12,8 +12,8 @@ from data_pipeline.errors import DataError, Problem
 from data_pipeline.simulate import PIXELS_FILE
 
 
-def read_frames(pixels: Path, keys: Sequence[str]) -> np.ndarray:
-    """Return u8 `[len(keys), F, H, W, 3]`.
+def read_frames(pixels: Path, keys: Sequence[str], num_frames: int) -> np.ndarray:
+    """Return u8 `[len(keys), num_frames, H, W, 3]`; a shorter clip stays on its last frame.
 
     Raises:
         DataError: the folder is not a complete pixels folder, or lacks a clip.
@@ -27,5 +27,6 @@ def read_frames(pixels: Path, keys: Sequence[str]) -> np.ndarray:
     frames = []
     for key in keys:
         with np.load(pixels / partitions[key] / f"{key}.npz", allow_pickle=False) as arrays:
-            frames.append(arrays["frames"])
+            stored = arrays["frames"]
+            frames.append(stored[np.minimum(np.arange(num_frames), len(stored) - 1)])
     return np.stack(frames)

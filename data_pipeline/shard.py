@@ -167,6 +167,9 @@ def _check_clips(clips: list[dict[str, Any]], features: Path) -> None:
             problems.append(Problem("features.key", key, "two clips have this key", "rename one of them"))
         if split not in SPLITS:
             problems.append(Problem("features.split", split, f"clip {key}: must be one of {SPLITS}", "correct it"))
+        if clip["length"] < 2:
+            rule = f"clip {key}: there is no transition to learn"
+            problems.append(Problem("features.length", clip["length"], rule, "leave out clips of one frame"))
         seen.add(key)
     if not clips:
         problems.append(Problem("features", features, "the folder lists no clips", "encode some"))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hopescale import __version__
-from hopescale.errors import UserError
+from hopescale.errors import UserError, describe
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train HOPE predictors on clips."
@@ -156,7 +156,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print(describe(error), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -26,10 +26,11 @@ from hopescale.errors import ConfigError, Problem, UserError
 from hopescale.evaluate_run import evaluate_run, write_result
 from hopescale.metrics.sinks.prometheus import check_endpoint
 from hopescale.parallel.process_group import Launch
-from hopescale.preflight import open_readers
+from hopescale.preflight import preflight
 from hopescale.report.page import write_report
+from hopescale.report.style import require_matplotlib
 from hopescale.report.tables import print_result
-from hopescale.run_folder import RunFolder, new_run_path
+from hopescale.run_folder import RunFolder, make_run_folder
 
 Bar = Callable[[str], Callable[[int, int], None]]
 
@@ -60,14 +61,15 @@ def run_demo(overrides: Sequence[str], bar: Bar) -> dict[str, Any]:
     settings = _settings(overrides)
     config = load_config(settings)
     check_endpoint(config.metrics)
+    require_matplotlib()
     seconds: dict[str, float] = {}
     cached: list[str] = []
     began = time.monotonic()
     pixels, data = make_data(config, bar, seconds, cached)
 
-    path = new_run_path(config).absolute()
+    path = make_run_folder(config).absolute()
     settings = [*settings, f"data.path={data.absolute()}", f"run.dir={path}"]
-    open_readers(load_config(settings), Launch(world_size=config.demo.ranks))
+    preflight(load_config(settings), Launch(world_size=config.demo.ranks))
     with _timed(seconds, "train"):
         _train(path, config.demo.ranks, settings)
     with _timed(seconds, "eval"):

@@ -12,11 +12,11 @@ __all__ = [
     "MissingExtra",
     "Problem",
     "UserError",
+    "describe",
     "missing_extra",
 ]
 
 EXIT_DONE = 0
-EXIT_USER = 2
 EXIT_NO_CHECKPOINT = 71
 EXIT_DIVERGED = 72
 EXIT_PREEMPTED = 75
@@ -33,6 +33,11 @@ class Diverged(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read, written or trusted."""
+    """A checkpoint cannot be read or trusted."""
 
     exit_code = EXIT_NO_CHECKPOINT
+
+
+def describe(error: UserError) -> str:
+    """What a user sees: one paragraph a problem, no traceback."""
+    return "\n".join(f"error: {problem}" for problem in error.problems)

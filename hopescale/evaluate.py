@@ -7,6 +7,7 @@ sums are added up over ranks once, at the end, and only then divided.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,7 @@ def held_out_errors(
     rank: int = 0,
     world_size: int = 1,
     ablations: bool = False,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Errors:
     """Errors of every held-out clip of this rank's share.
 
@@ -90,15 +92,22 @@ def held_out_errors(
         rank: of this process.
         world_size: processes that share the clips.
         ablations: also run with rotated actions, and with memory writes disabled.
+        guard: wraps each read, so that ranks can share what goes wrong in one.
     """
     names = sorted(set(reader.partitions))
     errors = Errors(len(names))
-    for clips, partners in _batches(reader, batch_size, rank, world_size, device):
+    mean_frame = reader.mean_frame().to(device)
+    partners = _next_in_partition(reader.partitions) if ablations else None
+    for rows, real_rows in _rows(reader.num_clips, batch_size, rank, world_size):
+        with guard():
+            clips = reader.read(rows)
+            others = None if partners is None else reader.read(partners[rows]).actions.to(device)
+        clips = (clips if real_rows else clips.without_weight()).to(device)
         part = torch.tensor([names.index(p) for p in clips.partitions])
         # A sharded model gathers on every call, so a rank whose clips have run out still takes part, with weight 0.
-        real = clips.weights[:, None] > 0
+        real = clips.weights.to(device)[:, None] > 0
         truth = normalise(clips.features)
-        later = real & (torch.arange(1, truth.shape[1], device=device) < clips.lengths[:, None])
+        later = real & (torch.arange(1, truth.shape[1], device=device) < clips.lengths.to(device)[:, None])
 
         def add(name: str, error: Tensor, valid: Tensor = later, part: Tensor = part) -> None:
             errors.add(name, error, valid, part)
@@ -108,17 +117,16 @@ def held_out_errors(
         predicted = rollout(model, clips)
         add("rollout", distance(predicted, truth[:, 1:], "l1"))
         add("copy_last", distance(truth[:, :1], truth[:, 1:], "l1"))
-        mean_frame = reader.mean_frame().to(device)
         add("mean_frame", distance(mean_frame, truth[:, 1:], "l1"))
         jumped = jump_error(model, clips, truth, jump_horizons)
         aims = slice(truth.shape[1] - 1 - jump_horizons, None)
         add("jump", jumped, later[:, aims])
         add("jump_copy_last", distance(truth[:, :1], truth[:, 1:], "l1")[:, aims], later[:, aims])
-        if ablations:
+        if others is not None:
             add("one_step_writes_off", one_step_error(model, clips, truth, writes=False))
             add("rollout_writes_off", distance(rollout(model, clips, writes=False), truth[:, 1:], "l1"))
-            add("one_step_shuffled", one_step_error(model, clips, truth, actions=partners))
-            add("rollout_shuffled", distance(rollout(model, clips, actions=partners), truth[:, 1:], "l1"))
+            add("one_step_shuffled", one_step_error(model, clips, truth, actions=others))
+            add("rollout_shuffled", distance(rollout(model, clips, actions=others), truth[:, 1:], "l1"))
     return errors
 
 
@@ -195,38 +203,37 @@ def _defined(value: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def surprise_by_frame(model: nn.Module, reader: ClipReader, device: torch.device) -> np.ndarray:
-    """Mean surprise of each H block at each true frame of the held-out clips: [blocks, transitions]."""
-    sums, count = None, 0
-    for clips, _ in _batches(reader, 16, 0, 1, device):
+def surprise_by_frame(model: nn.Module, reader: ClipReader, chunk_size: int, device: torch.device) -> np.ndarray:
+    """Mean surprise of each H block at each true frame of the held-out clips: [blocks, transitions].
+
+    Frames written together, `chunk_size` of them, share their write's surprise.
+    """
+    sums, counts = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for rows, _ in _rows(reader.num_clips, 16, 0, 1):
+        clips = reader.read(rows).to(device)
         states = None if clips.states is None else clips.states[:, :-1]
         traces = model(clips.features[:, :-1], clips.actions, states, keep_state=True).traces
+        transitions = clips.actions.shape[1]
         if not traces:
-            return np.zeros((0, clips.actions.shape[1]), np.float32)
-        batch = torch.stack([trace.surprise.sum(0) for trace in traces]).double().cpu()
-        sums, count = batch if sums is None else sums + batch, count + len(clips.keys)
-    assert sums is not None
-    return (sums / count).float().numpy()
+            return np.zeros((0, transitions), np.float32)
+        by_write = torch.stack([trace.surprise for trace in traces])
+        by_frame = by_write.repeat_interleave(chunk_size, dim=2)[:, :, :transitions]
+        valid = torch.arange(1, transitions + 1, device=device) < clips.lengths.to(device)[:, None]
+        sums = sums + torch.where(valid, by_frame, 0.0).sum(1).double().cpu()
+        counts = counts + valid.sum(0).cpu()
+    return (sums / counts).float().numpy()
 
 
-def _batches(
-    reader: ClipReader, size: int, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[ClipBatch, Tensor]]:
-    """This rank's clips, each once, and for each clip the actions of the next clip of its partition.
+def _rows(num_clips: int, size: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Rows of this rank's batches, each clip once over all ranks, and whether they count.
 
-    Every rank yields as many batches as the others.
+    Every rank yields as many batches as the others; one whose clips have run out gets a row that does not count.
     """
-    partners = _next_in_partition(reader.partitions)
-    start, count = rank_share(reader.num_clips, rank, world_size)
-    largest = rank_share(reader.num_clips, 0, world_size)[1]
+    start, count = rank_share(num_clips, rank, world_size)
+    largest = rank_share(num_clips, 0, world_size)[1]
     for begin in range(0, largest, size):
         rows = np.arange(start + min(begin, count), start + min(begin + size, count))
-        alone = len(rows) == 0
-        rows = np.array([0]) if alone else rows
-        clips, others = reader.read(rows), reader.read(partners[rows])
-        if alone:
-            clips = clips.without_weight()
-        yield clips.to(device), others.actions.to(device)
+        yield (rows, True) if len(rows) else (np.array([0]), False)
 
 
 def _next_in_partition(partitions: Sequence[str]) -> np.ndarray:

@@ -17,14 +17,14 @@ from data_pipeline.reader import ClipReader
 from hopescale.checkpoint import contents
 from hopescale.checkpoint.manager import committed, load_tensors
 from hopescale.checkpoint.manifest import verify
-from hopescale.config.compose import read_run_config, with_overrides
+from hopescale.config.compose import validate, with_overrides
 from hopescale.config.schema import Config
 from hopescale.errors import CheckpointError, Problem
 from hopescale.evaluate import Errors, held_out_errors, rollout, summarise, surprise_by_frame
 from hopescale.model.block import HopeBlock
 from hopescale.model.predictor import HopePredictor, normalise
 from hopescale.parallel.process_group import Launch, choose_device, prepare_process
-from hopescale.preflight import open_readers
+from hopescale.preflight import open_held_out
 from hopescale.run_folder import RunFolder
 
 NUM_SAMPLES = 4
@@ -46,14 +46,13 @@ def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = Non
     """
     began = time.monotonic()
     run = RunFolder(path)
-    config = with_overrides(read_run_config(path), overrides)
-    launch = Launch()
-    device = choose_device(config.parallel, launch)
-    prepare_process(config.parallel, launch, device)
-    _, held_out = open_readers(config, launch)
     checkpoint = newest(run.checkpoints)
-    model = HopePredictor(config.model).to(device).eval()
     manifest = verify(checkpoint)
+    config = with_overrides(validate(manifest["config"]), overrides)
+    device = choose_device(config.parallel, Launch())
+    prepare_process(config.parallel, Launch(), device)
+    held_out = open_held_out(config)
+    model = HopePredictor(config.model).to(device).eval()
     load_tensors(checkpoint, contents.tensors(model, None))
 
     errors = held_out_errors(
@@ -109,7 +108,7 @@ def _write_arrays(
     pixels: Path | None,
 ) -> None:
     partitions = sorted(set(reader.partitions))
-    clips = reader.read(_sample_rows(reader.partitions)).to(device)
+    clips = reader.read(_sample_rows(reader)).to(device)
     truth = normalise(clips.features)
     predicted = torch.cat([truth[:, :1], rollout(model, clips)], dim=1)
     hope = [(n, b) for n, b in enumerate(model.blocks) if isinstance(b, HopeBlock)]
@@ -122,7 +121,7 @@ def _write_arrays(
         "sample_partitions": np.array(clips.partitions),
         "sample_truth": truth.cpu().numpy(),
         "sample_prediction": predicted.cpu().numpy(),
-        "surprise": surprise_by_frame(model, reader, device),
+        "surprise": surprise_by_frame(model, reader, config.model.memory.chunk_size, device),
         "surprise_blocks": np.array([n for n, _ in hope], dtype=np.int64),
         "cms_active": np.array(active, dtype=bool).reshape(len(active), -1, reader.frames - 1),
         "cms_periods": np.array([level.period for level in config.model.cms.levels] if active else [], dtype=np.int64),
@@ -137,7 +136,7 @@ def _write_arrays(
         "shuffled_rollout_error": "rollout_shuffled",
     }
     arrays |= {array: errors.mean(name).float().numpy() for array, name in names.items()}
-    frames = None if pixels is None else read_frames(pixels, clips.keys)
+    frames = None if pixels is None else read_frames(pixels, clips.keys, reader.frames)
     if frames is not None:
         arrays["sample_frames"] = frames
     part = path.with_name("evaluation.part.npz")
@@ -145,8 +144,10 @@ def _write_arrays(
     os.replace(part, path)
 
 
-def _sample_rows(partitions: Sequence[str]) -> np.ndarray:
-    """The first clip of a few partitions, spread over their sorted names."""
-    names = sorted(set(partitions))
-    picked = [names[i * len(names) // NUM_SAMPLES] for i in range(min(NUM_SAMPLES, len(names)))]
-    return np.array([list(partitions).index(name) for name in dict.fromkeys(picked)])
+def _sample_rows(reader: ClipReader) -> np.ndarray:
+    """The first whole clip of a few partitions, spread over their sorted names."""
+    first: dict[str, int] = {}
+    for row in np.argsort(-reader.lengths, kind="stable"):
+        first.setdefault(reader.partitions[row], int(row))
+    names = sorted(first)
+    return np.array([first[names[i * len(names) // NUM_SAMPLES]] for i in range(min(NUM_SAMPLES, len(names)))])

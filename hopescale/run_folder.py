@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.cache import write_json
 from hopescale.config.compose import to_yaml
 from hopescale.config.schema import Config
+from hopescale.errors import EXIT_DONE, UserError, describe
+
+logger = logging.getLogger(__name__)
 
 RunStateName = Literal["running", "finished", "preempted", "failed"]
 
@@ -28,29 +36,76 @@ class RunFolder:
         self.logs = path / "logs"
         self.report = path / "report"
 
-    def create(self, config: Config) -> int:
-        """Make the folder, write the resolved configuration, and count this incarnation (from 0).
-
-        The configuration of the first incarnation stays; a later one's is kept beside it.
-        """
+    def create(self) -> int:
+        """Make the subfolders, and count this incarnation (from 0)."""
         for folder in (self.checkpoints, self.logs, self.report):
             folder.mkdir(parents=True, exist_ok=True)
-        incarnation = self.read_status().get("incarnation", -1) + 1
-        target = self.config if incarnation == 0 else self.path / f"config-{incarnation}.yaml"
-        target.write_text(to_yaml(config))
-        return incarnation
+        return self.read_status().get("incarnation", -1) + 1
 
-    def write_status(self, state: RunStateName, *, code: int, step: int, incarnation: int) -> None:
-        """Replace status.json atomically; launch scripts decide by it alone."""
-        write_json(self.status, {"state": state, "code": code, "step": step, "incarnation": incarnation})
+    def write_config(self, config: Config) -> None:
+        """Replace config.yaml by the resolved configuration of this incarnation."""
+        part = self.config.with_suffix(".yaml.part")
+        part.write_text(to_yaml(config))
+        part.replace(self.config)
 
     def read_status(self) -> dict[str, Any]:
         """The last status, empty where there is none."""
         return json.loads(self.status.read_text()) if self.status.is_file() else {}
 
+    def refuse(self, code: int) -> None:
+        """Say that an attempt to go on was a mistake of the user; a folder that is new, or in use, stays as it is."""
+        status = self.read_status()
+        if status and status["state"] != "running":
+            write_json(self.status, {**status, "state": "failed", "code": code})
 
-def new_run_path(config: Config) -> Path:
-    """The folder of `run.dir`, or a new one under `run.root` named by name and time."""
+
+@dataclass
+class Attempt:
+    """One incarnation's word on how it is doing; launch scripts decide by status.json alone.
+
+    A crash says nothing: `running` in the status of a process that is gone means that it crashed.
+    """
+
+    run: RunFolder
+    incarnation: int
+    speaks: bool
+    """Only one rank writes."""
+    step: int = 0
+
+    def say(self, state: RunStateName, code: int = EXIT_DONE) -> None:
+        """Replace status.json atomically."""
+        if self.speaks:
+            word = {"state": state, "code": code, "step": self.step, "incarnation": self.incarnation}
+            write_json(self.run.status, word)
+
+    @contextmanager
+    def failing_aloud(self) -> Iterator[None]:
+        """Leave what ends the attempt in this rank's log; if it is no crash, say its exit code."""
+        try:
+            yield
+        except UserError as error:
+            if not self.speaks:  # the rank that speaks prints it, once
+                logger.error("%s", describe(error))
+            self.say("failed", error.exit_code)
+            raise
+        except Exception:
+            logger.exception("training crashed")
+            raise
+
+
+def make_run_folder(config: Config) -> Path:
+    """The folder of `run.dir`, or a new one under `run.root` named by name and time; made if it is not there."""
     if config.run.dir is not None:
-        return Path(config.run.dir)
-    return Path(config.run.root) / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        given = Path(config.run.dir)
+        given.mkdir(parents=True, exist_ok=True)
+        return given
+    stem = Path(config.run.root) / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another run of this name was started in the same second
+        return folder
+    raise AssertionError("unreachable")

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
-from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, DataError, Problem, UserError
+from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, DataError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
@@ -31,12 +31,12 @@ from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups, routing_table
 from hopescale.parallel.activation_checkpointing import recompute_blocks
-from hopescale.parallel.agreement import check_agreement, decide_on_first
-from hopescale.parallel.fsdp import shard_model
+from hopescale.parallel.agreement import Together, check_agreement, decide_on_first
+from hopescale.parallel.fsdp import free_gathered, shard_model
 from hopescale.parallel.mesh import build_mesh
 from hopescale.parallel.process_group import Launch, choose_device, prepare_process, process_group, read_launch
-from hopescale.preflight import check_ports, describe_error, open_readers
-from hopescale.run_folder import RunFolder, new_run_path
+from hopescale.preflight import preflight
+from hopescale.run_folder import Attempt, RunFolder, make_run_folder
 from hopescale.trainer import Trainer
 
 # Not __name__: torchrun starts this file as __main__.
@@ -47,88 +47,100 @@ def main(overrides: Sequence[str]) -> int:
     """Train as one rank of a launch, or alone.
 
     Returns:
-        Exit code of this rank: 0 done, 2 the user's mistake, 71 no valid checkpoint, 75 stopped before the end.
+        Exit code of this rank: 0 done, 2 the user's mistake, 71 no valid checkpoint, 72 diverged, 75 stopped before
+        the end.
     """
-    launch = Launch()
+    launch, config = Launch(), None
     try:
         launch = read_launch()
         config = load_config(overrides)
         device = choose_device(config.parallel, launch)
-        readers = open_readers(config, launch)
-        check_ports(config, launch)
+        readers = preflight(config, launch)
         prepare_process(config.parallel, launch, device)
         with process_group(config.parallel, launch, device):
             return train(config, launch, device, *readers)
     except UserError as error:
-        if launch.is_first:
-            print(describe_error(error), file=sys.stderr, flush=True)
+        # What is wrong on another machine, a port or a folder, only that machine can tell.
+        if launch.is_first or (config is not None and launch.local_rank == 0 and launch.rank > 0):
+            print(describe(error), file=sys.stderr, flush=True)
+        if launch.is_first and config is not None and config.run.dir is not None:
+            RunFolder(Path(config.run.dir)).refuse(error.exit_code)
         return error.exit_code
 
 
 def train(config: Config, launch: Launch, device: torch.device, data: ClipReader, held_out: ClipReader) -> int:
     """Train inside a process group and leave the outcome in the run folder."""
-    run = RunFolder(Path(decide_on_first(lambda: str(new_run_path(config)))))
-    incarnation = decide_on_first(lambda: run.create(config))
+    run = RunFolder(decide_on_first(lambda: make_run_folder(config)))
+    attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
     log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)
-    check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
-    state = RunState()
-
-    def report(name: str, code: int) -> int:
-        if launch.is_first:
-            run.write_status(name, code=code, step=state.step, incarnation=incarnation)  # type: ignore[arg-type]
-        return code
-
-    report("running", EXIT_DONE)
-    try:
+    with attempt.failing_aloud(), ExitStack() as stack:
+        attempt.say("running")
+        check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
         model, optimizer = build(config, device, launch.world_size)
         checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
         state = resume(run, config, data, checkpoints, model, optimizer)
-        batches = GlobalBatches(
-            data,
-            global_batch=config.train.global_batch,
-            seed=config.train.seed,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            micro_batch=config.train.micro_batch,
-            start_step=state.attempted_steps,
-        )
+        decide_on_first(lambda: run.write_config(config))
         groups = [group["name"] for group in optimizer.param_groups]
-        info = {"version": __version__, "torch": torch.__version__}
-        info |= {"config_hash": config_hash(config), "incarnation": str(incarnation)}
-        recorder, endpoint = open_recorder(config, run, launch, groups, info, state.step, device)
+        with Together():
+            recorder = open_recorder(config, attempt, launch, groups, state.step, device, stack)
+        recorder.set("run_info", 1, **run_info(config, attempt))
+        trainer = Trainer(
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            data=stack.enter_context(closing(global_batches(config, launch, data, state))),
+            recorder=recorder,
+            checkpoints=checkpoints,
+            evaluate=lambda: evaluate(model, config, held_out, device, launch),
+            attempt=attempt,
+            state=state,
+            device=device,
+            world_size=launch.world_size,
+        )
+        outcome = trainer.run()
+    code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
+    attempt.say(outcome, code)
+    return code
 
-        def evaluate() -> dict[str, float | None]:
-            errors = held_out_errors(
-                model,
-                held_out,
-                jump_horizons=config.objective.jump_horizons,
-                device=device,
-                rank=launch.rank,
-                world_size=launch.world_size,
-            )
-            return summarise(errors.over_ranks(dist.all_reduce), sorted(set(held_out.partitions)))
 
-        with endpoint, closing(batches), closing(recorder):
-            trainer = Trainer(
-                config,
-                model,
-                optimizer,
-                batches,
-                recorder,
-                checkpoints,
-                evaluate,
-                state,
-                device,
-                launch.world_size,
-            )
-            outcome = trainer.run()
-    except UserError as error:
-        report("failed", error.exit_code)
-        raise
-    except BaseException:
-        report("failed", 1)
-        raise
-    return report(outcome, EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED)
+def run_info(config: Config, attempt: Attempt) -> dict[str, str]:
+    """What the metric `hopescale_run_info` says of this incarnation."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "config_hash": config_hash(config),
+        "incarnation": str(attempt.incarnation),
+    }
+
+
+def global_batches(config: Config, launch: Launch, data: ClipReader, state: RunState) -> GlobalBatches:
+    """This rank's share of every global batch, from where the run goes on."""
+    return GlobalBatches(
+        data,
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        micro_batch=config.train.micro_batch or config.train.global_batch,
+        start_step=state.attempted_steps,
+    )
+
+
+def evaluate(
+    model: nn.Module, config: Config, held_out: ClipReader, device: torch.device, launch: Launch
+) -> dict[str, float | None]:
+    """Skills on all held-out clips, shared among the ranks."""
+    errors = held_out_errors(
+        model,
+        held_out,
+        jump_horizons=config.objective.jump_horizons,
+        device=device,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        guard=Together,
+    )
+    free_gathered(model)
+    return summarise(errors.over_ranks(dist.all_reduce), sorted(set(held_out.partitions)))
 
 
 def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Module, M3]:

@@ -72,7 +72,7 @@ def train_step(
 def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: int) -> ClipLosses:
     """Forward of one micro-batch."""
     seed, device = config.train.seed, clips.features.device
-    positions, lengths = clips.positions.cpu().numpy(), clips.lengths.cpu().numpy()
+    positions, lengths = clips.positions.numpy(), clips.lengths.numpy()
     targets = jump_targets(seed, attempt, positions, lengths, config.objective.jump_horizons)
     draws = None
     if config.model.drop_path:
@@ -85,8 +85,8 @@ def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: in
             clips.features,
             clips.actions,
             clips.states,
-            clips.lengths,
-            clips.weights,
+            clips.lengths.to(device, non_blocking=True),
+            clips.weights.to(device, non_blocking=True),
             targets.to(device),
             draws,
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import time
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.batch import ClipBatch
 from data_pipeline.reader import GlobalBatches, StepBatches
@@ -23,6 +24,8 @@ from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.model.objective import ClipLosses
 from hopescale.optim.m3 import M3
+from hopescale.parallel.agreement import Together
+from hopescale.run_folder import Attempt
 from hopescale.train_step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class Trainer:
     """Trains until the run's steps are done, its skill stops rising, or this job is to stop.
 
     Every branch below depends on the step number or on numbers that were reduced over ranks, so all ranks take it
-    together.
+    together; what can fail on one rank alone (reading, opening, committing) fails on all of them.
     """
 
     config: Config
@@ -47,25 +50,33 @@ class Trainer:
     recorder: Recorder
     checkpoints: CheckpointManager
     evaluate: Callable[[], dict[str, float | None]]
+    attempt: Attempt
     state: RunState
     device: torch.device
     world_size: int
     clock: StepClock = field(default_factory=StepClock)
 
     def run(self) -> Outcome:
-        """Train, and commit a last checkpoint."""
+        """Train until the run or this job ends, with a checkpoint of the last step."""
+        self.first_step = self.attempt.step = self.state.step
         batches = iter(self.data)
-        while not (self.finished or self.due_to_stop):
+        while not self.ending:
             result = self.step(self.load(batches))
-            if self.due(self.config.metrics.every) and not result.skipped:
-                self.log()
-            if self.due(self.config.train.eval_every) and not result.skipped:
+            if result.skipped:
+                continue
+            if self.due(self.config.train.eval_every):
                 self.score()
-            if self.due(self.config.checkpoint.every) and not result.skipped:
+            if self.due(self.config.checkpoint.every) or self.ending:
                 self.save()
-        self.log()
-        self.save()
+            if self.due(self.config.metrics.every) or self.ending:
+                self.log()
         return "finished" if self.finished else "preempted"
+
+    @property
+    def ending(self) -> bool:
+        """Whether this job has nothing more to do."""
+        stop_after = self.config.train.stop_after
+        return self.finished or (stop_after is not None and self.state.step - self.first_step >= stop_after)
 
     @property
     def finished(self) -> bool:
@@ -74,19 +85,13 @@ class Trainer:
         lost_patience = patience > 0 and self.state.evaluations_without_gain >= patience
         return self.state.step >= self.config.train.steps or lost_patience
 
-    @property
-    def due_to_stop(self) -> bool:
-        """Whether this job is to end before the run does."""
-        stop_after = self.config.train.stop_after
-        return stop_after is not None and self.state.step >= stop_after
-
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is to be done now."""
         return every > 0 and self.state.step % every == 0
 
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
         """The next global batch's share of this rank, on its device."""
-        with self.clock.waiting():
+        with self.clock.waiting(), Together():
             batch = next(batches)
         return batch.to(self.device)
 
@@ -100,30 +105,27 @@ class Trainer:
             attempt=self.state.attempted_steps,
             step=self.state.step,
         )
+        self.clock.step(batches.num_clips)
+        if result.skipped:
+            self.report_skipped(batches)
+        else:
+            self.record(result, batches.micro)
         self.state.attempted_steps += 1
         self.state.step += not result.skipped
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
-        self.clock.step(batches.num_clips)
-        if result.skipped:
-            self.give_up_if_diverged(batches)
-        else:
-            self.record(result, batches.micro)
-        return result
-
-    def give_up_if_diverged(self, batches: StepBatches) -> None:
-        """Report a skipped step; too many in a row mean that the weights, not the clips, are at fault.
-
-        Raises:
-            Diverged: after MAX_SKIPPED_IN_A_ROW of them.
-        """
-        keys = ", ".join(key for clips in batches.micro for key in clips.keys)
-        logger.warning("skipped attempt %d: gradients are not finite; clips %s", self.state.attempted_steps, keys)
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             rule = (
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite, after step {self.state.step}"
             )
             fix = "lower optimizer.lr or optimizer.clip.max_norm, and go on from an earlier checkpoint"
             raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
+        return result
+
+    def report_skipped(self, batches: StepBatches) -> None:
+        """Log which of this rank's clips a skipped step consumed."""
+        keys = [key for clips in batches.micro for key, w in zip(clips.keys, clips.weights, strict=True) if w > 0]
+        attempt = self.state.attempted_steps
+        logger.warning("skipped attempt %d: gradients are not finite; clips %s", attempt, ", ".join(keys))
 
     def record(self, result: StepResult, micro: list[ClipBatch]) -> None:
         """Add up the step's figures where they are; nothing is reduced or copied before a log step."""
@@ -131,10 +133,10 @@ class Trainer:
         add("loss", result.objective, 1 / self.world_size)
         for clips, losses in zip(micro, result.losses, strict=True):
             if self.config.objective.teacher_weight:
-                add("loss_teacher", losses.teacher, (clips.weights * (clips.lengths - 1)).sum())
+                add("loss_teacher", losses.teacher, float((clips.weights * (clips.lengths - 1)).sum()))
             if self.config.objective.jump_weight:
-                add("loss_jump", losses.jump, clips.weights.sum())
-            self.record_memories(losses)
+                add("loss_jump", losses.jump, float(clips.weights.sum()))
+            self.record_memories(losses, clips.weights)
         for group, norm in zip(self.optimizer.param_groups, result.norms, strict=True):
             add("grad_norm", norm, group=group["name"])
         add("grad_norm", result.norms.square().sum().sqrt())
@@ -142,14 +144,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             self.recorder.set("learning_rate", group["lr"], group=group["name"])
 
-    def record_memories(self, losses: ClipLosses) -> None:
-        """Figures of the memory writes of one micro-batch."""
+    def record_memories(self, losses: ClipLosses, weights: Tensor) -> None:
+        """Figures of the memory writes of one micro-batch, over its clips that count."""
+        num_clips, on_device = float(weights.sum()), weights.to(self.device)
         for trace in losses.traces:
-            if trace.surprise.shape[1]:
-                self.recorder.add("memory_surprise", trace.surprise.sum(), trace.surprise.numel())
-                self.recorder.add("memory_retention", trace.retention.sum(), trace.retention.numel())
-                self.recorder.add("memory_write_ratio", trace.write_ratio.sum(), trace.write_ratio.numel())
-                self.recorder.add("memory_fast_norm_ratio", trace.norm_ratio[:, -1].sum(), len(trace.norm_ratio))
+            writes = trace.surprise.shape[1]
+            if writes:
+                for name, figure in (
+                    ("memory_surprise", trace.surprise),
+                    ("memory_retention", trace.retention),
+                    ("memory_write_ratio", trace.write_ratio),
+                ):
+                    self.recorder.add(name, figure.sum(dim=1) @ on_device, num_clips * writes)
+                self.recorder.add("memory_fast_norm_ratio", trace.norm_ratio[:, -1] @ on_device, num_clips)
 
     def log(self) -> None:
         """Reduce and publish everything recorded since the last log step."""
@@ -187,9 +194,12 @@ class Trainer:
             self.recorder.set("checkpoint_seconds", time() - began)
             self.recorder.set("last_checkpoint_timestamp_seconds", time())
             self.recorder.set("last_checkpoint_step", self.state.step)
+            self.attempt.step = self.state.step
+            self.attempt.say("running")
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -24,20 +24,19 @@ check_configuration() {
   "$VENV/bin/python" - "$num_ranks" "$@" <<'PYTHON'
 import sys
 from hopescale.config.compose import load_config
-from hopescale.errors import UserError
+from hopescale.errors import UserError, describe
 from hopescale.parallel.process_group import Launch
-from hopescale.preflight import check_ports, describe_error, open_readers
-from hopescale.run_folder import new_run_path
+from hopescale.preflight import preflight
+from hopescale.run_folder import make_run_folder
 num_ranks = int(sys.argv[1])
 launch = Launch(world_size=num_ranks, local_world_size=num_ranks)
 try:
     config = load_config(sys.argv[2:])
-    open_readers(config, launch)
-    check_ports(config, launch)
+    preflight(config, launch)
 except UserError as error:
-    print(describe_error(error), file=sys.stderr)
+    print(describe(error), file=sys.stderr)
     sys.exit(error.exit_code)
-print(new_run_path(config))
+print(make_run_folder(config))
 PYTHON
 }
 

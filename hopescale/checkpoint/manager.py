@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.optim import Optimizer
 
 from data_pipeline.cache import sync_folder
 from hopescale import __version__
-from hopescale.errors import CheckpointError, Problem
+from hopescale.errors import CheckpointError, Problem, UserError
+from hopescale.parallel.agreement import Together, decide_on_first
 
 from . import contents
 from .contents import RunState
-from .manifest import describe, verify, write_manifest
+from .manifest import describe, read_manifest, write_manifest
 from .storage import TENSORS_FILE, RawReader, RawWriter
+
+logger = logging.getLogger(__name__)
 
 STEP_FOLDER = re.compile(r"step-(\d{9,})")
 
@@ -43,10 +49,11 @@ def committed(root: Path) -> list[Path]:
 class CheckpointManager:
     """Saves into a fresh folder, hashes, writes the manifest, renames, then deletes what is too old.
 
-    Every rank calls every method. A folder `step-…` exists only with a complete manifest in it.
+    Every rank calls every method; what one rank cannot do fails on all. A folder `step-…` exists only with a complete
+    manifest in it.
 
     Args:
-        root: RUN/checkpoints.
+        root: RUN/checkpoints; what an interrupted save left in it is removed.
         keep: newest committed checkpoints to keep.
         config: resolved configuration, copied into each manifest.
     """
@@ -54,60 +61,75 @@ class CheckpointManager:
     def __init__(self, root: Path, keep: int, config: dict[str, Any]) -> None:
         self.root, self.keep, self.config = root, keep, config
         self.rank = dist.get_rank()
+        decide_on_first(lambda: _remove(self.root.glob("step-*.part"), self.root.glob("step-*.trash")))
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: RunState) -> Path:
-        """Commit a checkpoint of this step and return its folder; a step already committed is left as it is."""
+        """Commit a checkpoint of this step and return its folder; a step already committed is left as it is.
+
+        Raises:
+            UserError: on all ranks, what kept any of them from writing.
+        """
         target = step_folder(self.root, state.step)
-        part = self.root / f"{target.name}.{self._agreed_token()}.part"
-        if target.exists():
+        part = decide_on_first(lambda: None if target.exists() else _fresh_folder(target))
+        if part is None:
             return target
-        if self.rank == 0:
-            part.mkdir(parents=True)
-        dist.barrier()
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(contents.tensors(model, optimizer), storage_writer=RawWriter(part, self.rank), planner=planner)
-        files: list[Any] = [None] * dist.get_world_size()
+        try:
+            dcp.save(contents.tensors(model, optimizer), storage_writer=RawWriter(part, self.rank), planner=planner)
+        except CheckpointException as error:
+            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            fix = "make room or give this user access, and start again from the checkpoint before"
+            raise UserError(Problem("checkpoint", part, f"could not be written ({reasons})", fix)) from error
         own = part / f"rank-{self.rank:05d}.bin"
-        dist.all_gather_object(files, (own.name, describe(own)))
-        if self.rank == 0:
-            content = {
-                "hopescale": __version__,
-                "torch": torch.__version__,
-                "world_size": dist.get_world_size(),
-                "state": state.to_json(),
-                "optimizer_steps": contents.optimizer_steps(optimizer),
-                "config": self.config,
-            }
-            write_manifest(part, {**dict(files), TENSORS_FILE: describe(part / TENSORS_FILE)}, content)
-            part.rename(target)
-            sync_folder(self.root)
-            self._delete_old()
-        dist.barrier()
+        with Together():
+            described = (own.name, describe(own))
+        files: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(files, described)
+        decide_on_first(lambda: self._commit(part, target, dict(files), optimizer, state))
         return target
 
     def restore(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> RunState:
-        """Load a verified checkpoint into model and optimizer, on any number of ranks.
+        """Load a checkpoint, which one rank has verified, into model and optimizer, on any number of ranks.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of another model or optimizer.
+            CheckpointError: the checkpoint is of another model or optimizer.
         """
-        manifest = verify(folder)
+        manifest = read_manifest(folder)
         load_tensors(folder, contents.tensors(model, optimizer))
         contents.restore_optimizer_steps(optimizer, manifest["optimizer_steps"])
         return RunState.from_json(manifest["state"])
 
-    def _agreed_token(self) -> str:
-        token = [secrets.token_hex(4)]
-        dist.broadcast_object_list(token, src=0)
-        return token[0]
+    def _commit(
+        self, part: Path, target: Path, files: dict[str, list[Any]], optimizer: Optimizer, state: RunState
+    ) -> None:
+        content = {
+            "hopescale": __version__,
+            "torch": torch.__version__,
+            "world_size": dist.get_world_size(),
+            "state": state.to_json(),
+            "optimizer_steps": contents.optimizer_steps(optimizer),
+            "config": self.config,
+        }
+        write_manifest(part, {**files, TENSORS_FILE: describe(part / TENSORS_FILE)}, content)
+        part.rename(target)
+        sync_folder(self.root)
+        try:
+            for old in committed(self.root)[self.keep :]:
+                _remove([old.rename(old.with_name(old.name + ".trash"))])
+        except OSError as error:
+            # The new checkpoint is safe; an old one too many must not end the run.
+            logger.warning("an old checkpoint could not be deleted: %s", error)
 
-    def _delete_old(self) -> None:
-        for old in committed(self.root)[self.keep :]:
-            trash = old.with_name(old.name + ".trash")
-            old.rename(trash)
-            shutil.rmtree(trash)
-        for stale in self.root.glob("step-*.trash"):
-            shutil.rmtree(stale)
+
+def _fresh_folder(target: Path) -> Path:
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    part.mkdir(parents=True)
+    return part
+
+
+def _remove(*groups: Iterable[Path]) -> None:
+    for folder in (folder for group in groups for folder in group):
+        shutil.rmtree(folder)
 
 
 def load_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:

@@ -3,7 +3,8 @@
 1. No committed checkpoint in the run folder: start at step 0.
 2. Else the newest whose manifest verifies; a damaged one is renamed to *.damaged and the next older is tried.
 3. All damaged: an error (exit code 71), never a silent start from scratch.
-4. The checkpoint's configuration differs in what shapes the training curve: an error that names the fields.
+4. The checkpoint's configuration differs in what shapes the training curve: an error that names the fields. Only
+   train.steps may change, to make a run longer or shorter; the learning rate's phases are then shares of the new one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from hopescale.errors import CheckpointError, ConfigError, Problem
 from .manager import committed
 from .manifest import verify
 
-CURVE_SECTIONS = ("model", "objective", "optimizer", "data")
-CURVE_FIELDS = ("train.seed", "train.global_batch")
+CURVE_SECTIONS = ("model", "objective", "optimizer")
+CURVE_FIELDS = ("data.view", "data.frames", "train.seed", "train.global_batch", "parallel.precision")
 
 
 def newest_valid(root: Path) -> Path | None:
@@ -64,9 +65,7 @@ def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """
     old, new = _flat(saved), _flat(current)
     fields = sorted(
-        name
-        for name in old.keys() | new.keys()
-        if (name.split(".")[0] in CURVE_SECTIONS or name in CURVE_FIELDS) and name != "data.path"
+        name for name in old.keys() | new.keys() if name.split(".")[0] in CURVE_SECTIONS or name in CURVE_FIELDS
     )
     problems = [
         Problem(

@@ -11,10 +11,10 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -191,8 +191,7 @@ def _parse_list(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], l
 def _parse_entry(folder: Path, entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], list[Piece]]:
     dtype, shape = DTYPES[entry["dtype"]], _sizes(entry["shape"])
     pieces = [_parse_piece(folder, dtype, shape, piece) for piece in entry["pieces"]]
-    overlap = any(_overlap(a, b) for a, b in combinations(pieces, 2))
-    if overlap or sum(math.prod(p.shape) for p in pieces) != math.prod(shape):
+    if _overlap(pieces) or sum(math.prod(p.shape) for p in pieces) != math.prod(shape):
         raise ValueError(f"pieces that do not fill {list(shape)} exactly once")
     return dtype, shape, pieces
 
@@ -212,9 +211,15 @@ def _parse_piece(folder: Path, dtype: torch.dtype, whole: tuple[int, ...], raw: 
     return Piece(start, shape, raw["file"], begin, num_bytes)
 
 
-def _overlap(a: Piece, b: Piece) -> bool:
-    """Whether two boxes share an element."""
-    return all(max(x, y) < min(x + n, y + m) for x, y, n, m in zip(a.start, b.start, a.shape, b.shape, strict=True))
+def _overlap(pieces: list[Piece]) -> bool:
+    """Whether two of the boxes share an element."""
+    filled = [p for p in pieces if math.prod(p.shape)]
+    if not filled:
+        return False
+    starts = np.array([p.start for p in filled])
+    ends = starts + np.array([p.shape for p in filled])
+    shared = np.maximum(starts[:, None], starts) < np.minimum(ends[:, None], ends)
+    return int(shared.all(axis=-1).sum()) > len(filled)
 
 
 def _sizes(values: list[Any]) -> tuple[int, ...]:

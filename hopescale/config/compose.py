@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from hopescale.errors import ConfigError, Problem
 
+from .checks import cross_section_problems
 from .schema import Config
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -72,9 +73,13 @@ def validate(tree: Any) -> Config:
         ConfigError: all violations.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_problem(tree, dict(e)) for e in error.errors()]) from None
+        raise ConfigError([problem for e in error.errors() for problem in _problems(tree, dict(e))]) from None
+    problems = list(cross_section_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -94,25 +99,13 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return validate(_with_values(OmegaConf.create(to_tree(config)), parsed))
 
 
-def read_run_config(run: Path) -> Config:
-    """The resolved configuration a run folder keeps.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(Problem("run.dir", run, "must be a run folder with a config.yaml", "name an existing run"))
-    return validate(yaml.safe_load(path.read_text()))
-
-
 def to_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain YAML and JSON values."""
     return config.model_dump(mode="json")
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML; `read_run_config` reads it back."""
+    """The resolved configuration as YAML; `validate` takes it back."""
     return yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
@@ -133,9 +126,9 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 def _with_values(tree: DictConfig, values: Sequence[Override]) -> Any:
     """Set the values and leave OmegaConf; a value that refers to something must find it."""
     OmegaConf.set_struct(tree, False)
-    for override in values:
-        OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
     try:
+        for override in values:
+            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
         return OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "configuration"
@@ -162,10 +155,13 @@ def _check_picks(picks: Sequence[Override], groups: dict[str, list[str]]) -> tup
     return [o for o in picks if o.value() in groups[o.key_or_group]], problems
 
 
-def _problem(tree: Any, error: dict[str, Any]) -> Problem:
-    """One pydantic error in our four parts."""
+def _problems(tree: Any, error: dict[str, Any]) -> list[Problem]:
+    """One pydantic error in our four parts; rules between the fields of a section come as a list."""
     path = [str(part) for part in error["loc"]]
     field = ".".join(path) or "configuration"
+    if error["type"] == "rules":
+        rules = error["ctx"]["problems"]
+        return [Problem(f"{field}.{name}", value, rule, fix) for name, value, rule, fix in rules]
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1]))
         everywhere = [".".join(p) for p in _all_fields(Config)]
@@ -173,10 +169,13 @@ def _problem(tree: Any, error: dict[str, Any]) -> Problem:
         # Elsewhere, but not the sections the field is in.
         near += [name for name in difflib.get_close_matches(field, everywhere, n=1) if not field.startswith(name)]
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}" if known else "remove it"
-        return Problem(field, error["input"], "is not a field of the configuration", fix)
+        return [Problem(field, error["input"], "is not a field of the configuration", fix)]
     rule = error["msg"].removeprefix("Value error, ")
-    value = error["input"] if not isinstance(error["input"], dict | list | BaseModel) else _value_at(tree, path)
-    return Problem(field, value, _sentence(rule), f"set {field} to a value that fits, see hopescale/config/schema.py")
+    section = isinstance(error["input"], dict | list | BaseModel)
+    value = _value_at(tree, path) if section else error["input"]
+    between_fields = section and error["type"] == "value_error"
+    fix = "change one of the fields it names" if between_fields else f"set {field} to a value that fits"
+    return [Problem(field, value, _sentence(rule), fix)]
 
 
 def _sentence(rule: str) -> str:

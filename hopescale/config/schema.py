@@ -51,28 +51,15 @@ class TrainConfig(BaseModel):
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run; the learning rate's phases are shares of it."""
     stop_after: PositiveInt | None = None
-    """Save and end this job after this step (exit code 75, to be resumed); null runs to the end."""
+    """Save and end this job after so many of its own steps (exit code 75, to be resumed); null runs to the end."""
     global_batch: PositiveInt = 16
     """Clips in one optimizer step, over all ranks; at least one a rank."""
-    micro_batch: PositiveInt = 16
-    """Most clips in one forward and backward of a rank; more than that is accumulated."""
+    micro_batch: PositiveInt | None = None
+    """Most clips in one forward and backward of a rank, the rest is accumulated; null takes a rank's clips at once."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights, clip order, and every random draw."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two evaluations on held-out clips; 0 evaluates only after the run."""
-
-
-class ClusterConfig(BaseModel):
-    """The machines a run is planned for."""
-
-    model_config = SECTION
-
-    nodes: PositiveInt = 1
-    """Machines."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """Accelerators in each; 0 trains on CPUs."""
-    ranks_per_node: PositiveInt = 1
-    """Ranks started on each machine where there are no accelerators."""
 
 
 class DemoConfig(BaseModel):
@@ -101,6 +88,5 @@ class Config(BaseModel):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
-    cluster: ClusterConfig = ClusterConfig()
     train: TrainConfig = TrainConfig()
     demo: DemoConfig = DemoConfig()

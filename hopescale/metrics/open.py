@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,44 +20,43 @@ from hopescale.metrics.sinks.tensorboard import TensorboardSink
 if TYPE_CHECKING:
     from hopescale.config.schema import Config
     from hopescale.parallel.process_group import Launch
-    from hopescale.run_folder import RunFolder
+    from hopescale.run_folder import Attempt, RunFolder
 
 
 def open_recorder(
     config: Config,
-    run: RunFolder,
+    attempt: Attempt,
     launch: Launch,
     groups: Sequence[str],
-    info: dict[str, str],
     start_step: int,
     device: torch.device,
-) -> tuple[Recorder, AbstractContextManager[object]]:
-    """The recorder of this rank, and the node's endpoint on the rank that serves it.
+    stack: ExitStack,
+) -> Recorder:
+    """The recorder of this rank; the node's endpoint lives beside it where this rank serves it.
 
     Args:
         config: of the run.
-        run: its folder; records after `start_step` in metrics.jsonl are of a lost incarnation and are cut off.
+        attempt: this incarnation and its run folder.
         launch: which rank this is.
         groups: names of the optimizer's groups.
-        info: labels of `hopescale_run_info`.
-        start_step: step the run goes on from.
+        start_step: step the run goes on from; records after it in metrics.jsonl are of a lost incarnation and are cut.
         device: of the figures that are added up.
+        stack: closes what is opened here, the recorder before the endpoint.
 
-    Returns:
-        The recorder, and a context that keeps the endpoint alive (does nothing on other ranks).
+    Raises:
+        UserError: the endpoint's port, token or extra.
+        OSError: the run folder cannot be written.
     """
-    rank_file, endpoint = None, None
+    run, rank_file = attempt.run, None
     if config.metrics.listen != "off":
         node_rank = launch.rank // launch.local_world_size
-        folder = rank_folder(run.path, socket.gethostname(), int(info["incarnation"]))
-        if launch.local_rank == 0:
-            endpoint = PrometheusEndpoint.start(
-                config.metrics,
-                folder,
-                log_file=run.logs / f"metrics-endpoint-{node_rank}.log",
-                endpoint_file=endpoint_path(run.path, node_rank),
-            )
+        folder = rank_folder(run.path, socket.gethostname(), attempt.incarnation)
         folder.mkdir(parents=True, exist_ok=True)
+        if launch.local_rank == 0:
+            log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
+            announced = endpoint_path(run.path, node_rank)
+            endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
+            stack.enter_context(endpoint or nullcontext())
         rank_file = RankFile(folder, launch.rank)
     recorder = Recorder(
         _sinks(config, run, start_step) if launch.is_first else [],
@@ -68,8 +67,8 @@ def open_recorder(
         groups=groups,
         device=device,
     )
-    recorder.set("run_info", 1, **info)
-    return recorder, endpoint or nullcontext()
+    stack.enter_context(closing(recorder))
+    return recorder
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

@@ -29,7 +29,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: Literal["S", "T"], drop_rate: float) -> None:
         super().__init__()
-        self.kind, self.drop_rate = kind, drop_rate
+        self.drop_rate = drop_rate
         hidden = round(config.attention.mlp_multiplier * config.width)
         self.norm1 = nn.LayerNorm(config.width)
         scope = "frame" if kind == "S" else "clip"
@@ -58,8 +58,6 @@ class AttentionBlock(nn.Module):
 
 class HopeBlock(nn.Module):
     """Titan memories, then CMS, then (optionally) mixing over a frame's tokens, each pre-norm and residual."""
-
-    kind: Literal["H"] = "H"
 
     def __init__(self, config: ModelConfig, drop_rate: float) -> None:
         super().__init__()

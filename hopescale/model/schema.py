@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -107,7 +109,7 @@ class ModelConfig(BaseModel):
     patch_position: Literal["none", "sincos"] = "none"
     """Adds fixed positions to patch tokens, for encoders whose features do not tell where a token lies."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Probability that a clip skips a branch of the last block; earlier blocks scale down linearly to 0."""
+    """Probability that a clip skips a branch of the last block; it falls linearly to 0 at the first block."""
     output: Literal["residual", "absolute"] = "residual"
     """Whether the predictor emits the change from the newest frame or the whole next frame."""
 
@@ -128,37 +130,45 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelConfig:
-        rules = [
-            (self.width % self.memory.heads == 0, f"memory.heads={self.memory.heads} must divide width={self.width}"),
-            (
-                _whole(self.memory.hidden_multiplier * self.width / self.memory.heads),
-                f"memory.hidden_multiplier={self.memory.hidden_multiplier} x width / memory.heads must be whole",
-            ),
-            (
-                _whole(self.attention.mlp_multiplier * self.width),
-                f"attention.mlp_multiplier={self.attention.mlp_multiplier} x width={self.width} must be whole",
-            ),
-        ]
-        if set(self.block_pattern) & {"S", "T"}:
-            size, rest = divmod(self.width, self.attention.heads)
-            rules.append(
-                (
-                    rest == 0 and size % 2 == 0 and size >= 6,
-                    f"attention.heads={self.attention.heads} must divide width={self.width} into an even number of at "
-                    "least 6 features a head",
-                )
-            )
-        for level in self.cms.levels:
-            rules.append(
-                (
-                    _whole(level.hidden_multiplier * self.width),
-                    f"cms.levels hidden_multiplier={level.hidden_multiplier} x width={self.width} must be whole",
-                )
-            )
-        broken = [text for holds, text in rules if not holds]
+        broken = [rule for holds, *rule in self._size_rules() if not holds]
         if broken:
-            raise ValueError("; ".join(broken))
+            # Each rule becomes an error of its own: the composer reads them from the context.
+            text = "; ".join(f"{field}={value} {rule}" for field, value, rule, _ in broken)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": broken})
         return self
+
+    def _size_rules(self) -> Iterator[tuple[bool, str, object, str, str]]:
+        """Holds or not, field, value, rule, fix."""
+        width, memory, attention = self.width, self.memory, self.attention
+        whole = f"times width={width} must be whole"
+        yield (
+            width % memory.heads == 0,
+            "memory.heads",
+            memory.heads,
+            f"must divide width={width}",
+            "change memory.heads or width",
+        )
+        yield (
+            width % memory.heads > 0 or _whole(memory.hidden_multiplier * width / memory.heads),
+            "memory.hidden_multiplier",
+            memory.hidden_multiplier,
+            f"times width / memory.heads = {width / memory.heads:g} must be whole",
+            "change it, width or memory.heads",
+        )
+        for number, level in enumerate(self.cms.levels):
+            multiplier = level.hidden_multiplier
+            yield _whole(multiplier * width), f"cms.levels.{number}.hidden_multiplier", multiplier, whole, "change it"
+        if set(self.block_pattern) & {"S", "T"}:
+            size, rest = divmod(width, attention.heads)
+            yield (
+                rest == 0 and size % 2 == 0 and size >= 6,
+                "attention.heads",
+                attention.heads,
+                f"must divide width={width} into an even number of at least 6 features a head",
+                "change attention.heads or width",
+            )
+            multiplier = attention.mlp_multiplier
+            yield _whole(multiplier * width), "attention.mlp_multiplier", multiplier, whole, "change it"
 
 
 def _whole(value: float) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .schema import OptimizerConfig
 
 SHORTEST_SIDE = 8
-"""A matrix with a shorter side has too few directions to orthogonalise; it goes to `embeddings`."""
+"""A matrix with a shorter side has too few directions to orthogonalise; m3 leaves it to `embeddings`."""
 
 RULES: tuple[tuple[str, str], ...] = (
     ("*bias", "vectors"),
@@ -35,8 +35,8 @@ class Route:
     group: str
 
 
-def route(parameters: Iterable[tuple[str, Tensor]]) -> list[Route]:
-    """Sort named parameters into groups by the rules.
+def route(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> list[Route]:
+    """Sort named parameters into groups by the rules; what m3 cannot orthogonalise in its group goes to `embeddings`.
 
     Raises:
         ValueError: a parameter that no rule names.
@@ -46,7 +46,7 @@ def route(parameters: Iterable[tuple[str, Tensor]]) -> list[Route]:
         group = next((group for pattern, group in RULES if fnmatchcase(name, pattern)), None)
         if group is None:
             raise ValueError(f"no routing rule names parameter {name}; add one to hopescale/optim/routing.py")
-        if group != "vectors" and min(parameter.shape[-2:]) < SHORTEST_SIDE:
+        if getattr(config.groups, group).algorithm == "m3" and min(parameter.shape[-2:]) < SHORTEST_SIDE:
             group = "embeddings"
         routes.append(Route(name, tuple(parameter.shape), group))
     return routes
@@ -59,7 +59,7 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], config: Optimizer
         ValueError: m3 is asked for and would own no parameter at all.
     """
     named = dict(parameters)
-    routes = route(named.items())
+    routes = route(named.items(), config)
     groups = []
     for name, settings in config.groups:
         members = [r.name for r in routes if r.group == name]

@@ -36,12 +36,19 @@ def shard_model(
 def shard_dim(shape: tuple[int, ...], degree: int) -> int:
     """The dim a parameter is sharded on.
 
-    The longest of the two matrix dims that divides evenly, so that Newton-Schulz can work on shards; else dim 0, the
-    only one FSDP2 shards unevenly.
+    The longest of the two matrix dims that divides evenly, so that Newton-Schulz can work on shards; else a leading dim
+    that does; else dim 0, the only one FSDP2 shards unevenly.
     """
-    matrix_dims = range(max(0, len(shape) - 2), len(shape))
-    even = [dim for dim in matrix_dims if shape[dim] % degree == 0 and shape[dim] >= degree]
-    return max(even, key=lambda dim: (shape[dim], -dim), default=0)
+    even = [dim for dim, size in enumerate(shape) if size % degree == 0 and size >= degree]
+    matrix = [dim for dim in even if dim >= len(shape) - 2]
+    return max(matrix or even, key=lambda dim: (shape[dim], -dim), default=0)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a forward without backward leaves gathered, so that all parameters are sharded again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def reduce_gradients_in_backward(model: nn.Module, reduce: bool) -> None:

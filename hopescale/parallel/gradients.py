@@ -14,11 +14,13 @@ from hopescale.optim.schema import ClipConfig
 
 def group_norms(groups: list[dict[str, Any]]) -> Tensor:
     """Norm of the whole, unsharded gradient of each optimizer group: fp64 [groups], one all-reduce for all."""
-    squares = [
-        sum((_local(p.grad).double().square().sum() for p in group["params"] if p.grad is not None), torch.zeros(()))
-        for group in groups
-    ]
-    total = torch.stack([s.to(torch.float64) for s in squares])
+    norms = []
+    for group in groups:
+        gradients = [_local(p.grad) for p in group["params"] if p.grad is not None]
+        device = _local(group["params"][0]).device
+        each = torch._foreach_norm(gradients, 2, dtype=torch.float64) if gradients else []
+        norms.append(torch.stack([*each, torch.zeros((), dtype=torch.float64, device=device)]).square().sum())
+    total = torch.stack(norms)
     if dist.is_initialized() and _is_sharded(groups):
         dist.all_reduce(total)
     return total.sqrt()

@@ -83,8 +83,8 @@ def load_run(run: Path) -> RunRecord:
     """
     run = Path(run)
     made_by = {
-        "config.yaml": f"hopescale train run.dir={run}",
-        "metrics.jsonl": f"hopescale train run.dir={run}",
+        "config.yaml": f"hopescale train ... run.dir={run}",
+        "metrics.jsonl": f"hopescale train ... run.dir={run}",
         "result.json": f"hopescale eval {run}",
         "report/evaluation.npz": f"hopescale eval {run}",
     }

@@ -80,20 +80,30 @@ def styled() -> AbstractContextManager[None]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
+    require_matplotlib()
+    import matplotlib
+
+    return matplotlib.rc_context(_SETTINGS)
+
+
+def require_matplotlib() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise missing_extra("matplotlib", "demo", "hopescale report") from error
-    return matplotlib.rc_context(_SETTINGS)
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of `width` x `height` inches, drawn by Agg whatever the user's backend is."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "demo", "hopescale report") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure

@@ -69,7 +69,7 @@ def clips(config: Config, first: int, count: int) -> ClipBatch:
 def batches(config: Config, step: int, rank: int, world_size: int) -> StepBatches:
     """A rank's micro-batches of one global batch, filled up with a clip of weight 0 where a rank has fewer."""
     micro = []
-    for offset, count in micro_batches(GLOBAL_BATCH, rank, world_size, config.train.micro_batch):
+    for offset, count in micro_batches(GLOBAL_BATCH, rank, world_size, config.train.micro_batch or GLOBAL_BATCH):
         batch = clips(config, step * GLOBAL_BATCH + offset, max(count, 1))
         micro.append(batch if count else batch.without_weight())
     lengths = clips(config, step * GLOBAL_BATCH, GLOBAL_BATCH).lengths

@@ -269,7 +269,7 @@ def test_evaluation_changes_nothing_and_repeats_itself() -> None:
 
 def test_surprise_has_a_row_for_each_block_with_memory() -> None:
     reader = cast(ClipReader, InMemory())
-    surprise = surprise_by_frame(predictor(), reader, CPU)
+    surprise = surprise_by_frame(predictor(), reader, 1, CPU)
     assert surprise.shape == (1, FRAMES - 1)
     assert ((surprise > 0) & (surprise <= 2)).all()
-    assert surprise_by_frame(Scripted(), reader, CPU).shape == (0, FRAMES - 1)
+    assert surprise_by_frame(Scripted(), reader, 1, CPU).shape == (0, FRAMES - 1)

@@ -38,8 +38,14 @@ GROUP_CALLS = {
 PARALLEL_MODULES = ("torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.distributed._composable")
 IMPORTED_ONCE = ("deepspeed", "prometheus_client", "tensorboard", "transformers")
 UNPICKLERS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-MODEL_MAY_IMPORT = {"hopescale.model", "jaxtyping", "pydantic", "torch", "typing_extensions"}
-DISTRIBUTION_OF = {"PIL": "pillow", "hydra": "hydra-core", "prometheus_client": "prometheus-client", "yaml": "pyyaml"}
+MODEL_MAY_IMPORT = {"hopescale.model", "jaxtyping", "pydantic", "pydantic_core", "torch", "typing_extensions"}
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "hydra": "hydra-core",
+    "prometheus_client": "prometheus-client",
+    "pydantic_core": "pydantic",
+    "yaml": "pyyaml",
+}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from data_pipeline.batch import ClipBatch
 from data_pipeline.reader import StepBatches
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
+from hopescale.model.block import HopeBlock
 from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
@@ -89,7 +90,9 @@ def test_bf16_keeps_parameters_and_fast_weights_in_fp32() -> None:
     config = load_config([*SMALL, "parallel.precision=bf16"])
     model, optimizer = built(config)
     seen: set[torch.dtype] = set()
-    memory = model.blocks[1].memory
+    block = model.blocks[1]
+    assert isinstance(block, HopeBlock)
+    memory = block.memory
     write = type(memory).write
 
     def watched(fast, reading, start_norm):

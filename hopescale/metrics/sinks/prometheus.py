@@ -214,7 +214,7 @@ class PrometheusEndpoint:
         return endpoint
 
     def _announce(self) -> None:
-        print(f"metrics: {self.url}", flush=True)
+        logger.info("metrics: %s", self.url)
         if self._endpoint_file is None:
             return
         entry = {"host": self.host, "port": self.port, "node": socket.gethostname(), "url": self.url}

@@ -163,10 +163,11 @@ def test_a_second_seed_or_too_small_a_batch_is_refused(reader: ClipReader) -> No
         GlobalBatches(reader, global_batch=2, seed=5, rank=0, world_size=3, micro_batch=1)
 
 
-def test_batch_moves_as_a_whole(reader: ClipReader) -> None:
+def test_batch_moves_but_for_what_the_host_decides_by(reader: ClipReader) -> None:
     batch = reader.read(np.array([0]))
     moved = batch.to("meta")
-    assert moved.features.device.type == moved.lengths.device.type == "meta"
+    assert moved.features.device.type == moved.actions.device.type == "meta"
+    assert moved.lengths.device.type == moved.weights.device.type == moved.positions.device.type == "cpu"
     assert moved.keys == batch.keys
     assert replace(batch, states=None).to("cpu").states is None
 

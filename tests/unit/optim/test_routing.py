@@ -33,7 +33,7 @@ def groups(config: dict[str, Any] | None = None, **fields: Any) -> list[dict[str
 
 
 def test_every_parameter_goes_where_its_kind_belongs() -> None:
-    routes = {r.name: r.group for r in route(predictor().named_parameters())}
+    routes = {r.name: r.group for r in route(predictor().named_parameters(), OptimizerConfig())}
     assert routes.keys() == dict(predictor().named_parameters()).keys()
     by_group: dict[str, set[str]] = {}
     for name, group in routes.items():
@@ -77,7 +77,7 @@ def test_every_parameter_goes_where_its_kind_belongs() -> None:
     ],
 )
 def test_matrices_with_a_short_side_are_not_orthogonalised(shape: tuple[int, ...], group: str) -> None:
-    (found,) = route([("embed.weight", torch.empty(shape))])
+    (found,) = route([("embed.weight", torch.empty(shape))], OptimizerConfig())
     assert (found.group, found.shape) == (group, shape)
 
 
@@ -86,12 +86,12 @@ def test_the_first_rule_that_matches_wins() -> None:
         ("blocks.0.cms.levels.0.norm.weight", "blocks.0.cms.levels.0.fc1.bias", "blocks.0.attention.qkv.bias"),
         torch.empty(32),
     )
-    assert [r.group for r in route(parameters.items())] == ["vectors"] * 3
+    assert [r.group for r in route(parameters.items(), OptimizerConfig())] == ["vectors"] * 3
 
 
 def test_a_parameter_that_no_rule_names_is_refused() -> None:
     with pytest.raises(ValueError, match=r"blocks\.0\.gate.*routing\.py"):
-        route([("blocks.0.gate", torch.empty(32, 32))])
+        route([("blocks.0.gate", torch.empty(32, 32))], OptimizerConfig())
 
 
 def test_groups_come_in_the_order_of_the_configuration_and_hold_each_parameter_once() -> None:

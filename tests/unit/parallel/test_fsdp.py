@@ -21,7 +21,7 @@ from hopescale.parallel.fsdp import shard_dim
         ((8, 8, 6, 12), 4, 3),
         ((5, 64, 16), 2, 1),
         ((64, 6, 8), 4, 2),
-        ((4, 64, 7, 9), 4, 0),
+        ((4, 64, 7, 9), 4, 1),
         # Neither divides: dim 0, the only one that may be uneven.
         ((7, 9), 4, 0),
         ((5, 2, 7, 9), 4, 0),

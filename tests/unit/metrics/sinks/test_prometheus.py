@@ -141,14 +141,15 @@ def test_a_killed_rank_stays_visible_with_its_last_numbers(endpoint: PrometheusE
     assert before["hopescale_last_step_timestamp_seconds", "rank=7"] == 1234.5
 
 
-def test_free_port_is_written_to_the_run_folder_and_withdrawn(tmp_path: Path, capsys):
+def test_free_port_is_written_to_the_run_folder_and_withdrawn(tmp_path: Path, caplog):
+    caplog.set_level("INFO")
     path = endpoint_path(tmp_path)
     with started(MetricsConfig(port=0), tmp_path, endpoint_file=path) as endpoint:
         entry = json.loads(path.read_text())
         assert (entry["host"], entry["port"]) == ("127.0.0.1", endpoint.port)
         assert entry["url"] == endpoint.url
         assert endpoint.port > 0
-        assert f"metrics: {endpoint.url}" in capsys.readouterr().out
+        assert f"metrics: {endpoint.url}" in caplog.text
         assert get(endpoint.url.replace("/metrics", "/healthz")) == (200, "ok\n")
         assert get(endpoint.url.replace("/metrics", "/../etc/passwd"))[0] == 404
     assert not path.exists()
