@@ -103,7 +103,8 @@ def test_a_clip_that_one_rank_cannot_read_ends_all_ranks_with_one_explanation(
     assert (run.status["state"], run.status["code"]) == ("failed", 2)
     assert run.output.count("error: data.path: clip") == 1
     assert "crc32" in run.output
-    assert "Traceback" not in run.output.split("torch.distributed.elastic")[0]
+    # torchrun adds a traceback of its own; none may go through ours.
+    assert "hopescale/train.py" not in run.output
 
 
 def test_the_same_command_goes_on_where_its_last_job_stopped(train) -> None:

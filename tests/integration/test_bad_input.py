@@ -27,7 +27,7 @@ MISTAKES = [
     (["model.memory.heads=5"], ["memory.heads=5", "width=24"]),
     (["train.steps"], ["train.steps", "key=value"]),
     (["data.path=nowhere"], ["data.path=nowhere", "hopescale data shard"]),
-    (["data.path=null"], ["data.path", "must name a folder"]),
+    (["data.path=null"], ["data.path", "no data set is named"]),
     (["data.view=[base,snow]"], ["snow", "base"]),
     (["model.encoder_dim=17"], ["model.encoder_dim=17", "16 channels a token"]),
     (["model.grid=[2,2]"], ["model.grid=4", "6 tokens a frame"]),
