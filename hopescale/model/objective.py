@@ -57,7 +57,7 @@ def clip_losses(
         lengths: stored frames of each clip that are valid; later ones are padding.
         weights: 0 for a clip that only fills up a micro-batch, else 1.
         jump_target: number of the frame each clip's jump predicts, 1 .. length - 1.
-        draws: uniform numbers for drop-path.
+        draws: uniform numbers for drop-path; teacher and jump of a clip drop the same branches.
     """
     truth = normalise(features)
     zero = truth.new_zeros(())
