@@ -56,9 +56,11 @@ class Trainer:
     world_size: int
     clock: StepClock = field(default_factory=StepClock)
 
+    def __post_init__(self) -> None:
+        self.first_step = self.attempt.step = self.state.step
+
     def run(self) -> Outcome:
         """Train until the run or this job ends, with a checkpoint of the last step."""
-        self.first_step = self.attempt.step = self.state.step
         batches = iter(self.data)
         while not self.ending:
             result = self.step(self.load(batches))
@@ -91,7 +93,7 @@ class Trainer:
 
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
         """The next global batch's share of this rank, on its device."""
-        with self.clock.waiting(), Together():
+        with Together(), self.clock.waiting():
             batch = next(batches)
         return batch.to(self.device)
 
@@ -114,9 +116,8 @@ class Trainer:
         self.state.step += not result.skipped
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            rule = (
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite, after step {self.state.step}"
-            )
+            count, after = MAX_SKIPPED_IN_A_ROW, self.state.step
+            rule = f"{count} steps in a row had gradients that are not finite, after step {after}"
             fix = "lower optimizer.lr or optimizer.clip.max_norm, and go on from an earlier checkpoint"
             raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
         return result
