@@ -21,6 +21,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets: pixels, features, shards.")
 app.add_typer(data_app, name="data")
 
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of this command.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optimizer.lr=1e-3.")
 ]
@@ -57,6 +58,7 @@ def evaluate(
     result = evaluate_run(run, overrides or [], pixels)
     if not as_json:
         print_result(result)
+        print(f"written to {run / 'result.json'}; `hopescale report {run}` draws it")
     _finish(result, as_json)
 
 
@@ -73,39 +75,42 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
 @data_app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Simulate clips of a pushed block. Settings: num_train num_heldout frames size seed partitions."""
+    """Simulate clips of a pushed block.
+
+    Settings: num_train and num_heldout (clips of each partition), frames, size (pixels), seed, partitions=[base,...].
+    """
     from hopescale.data_commands import simulate_pixels
 
-    _finish(simulate_pixels(out, overrides or [], progress), as_json)
+    _finish_data(simulate_pixels(out, overrides or [], progress), as_json)
 
 
 @data_app.command()
 def encode(
     pixels: Annotated[Path, typer.Argument(help="Folder of pixels.")],
     out: Annotated[Path, typer.Argument(help="Folder for the features.")],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Turn pixels into features. Settings: encoder mode batch_frames."""
     from hopescale.data_commands import encode_pixels
 
-    _finish(encode_pixels(pixels, out, overrides or [], progress), as_json)
+    _finish_data(encode_pixels(pixels, out, overrides or [], progress), as_json)
 
 
 @data_app.command()
 def shard(
     features: Annotated[Path, typer.Argument(help="Folder of features.")],
     out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Pack features into WebDataset tars with an index. Settings: clips_per_shard seed."""
     from hopescale.data_commands import shard_features
 
-    _finish(shard_features(features, out, overrides or [], progress), as_json)
+    _finish_data(shard_features(features, out, overrides or [], progress), as_json)
 
 
 @app.command()
@@ -144,6 +149,12 @@ def _plain_progress(label: str) -> Callable[[int, int], None]:
             print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
 
     return update
+
+
+def _finish_data(result: dict[str, Any], as_json: bool) -> None:
+    if not as_json:
+        print(f"{result['out']}: {result['clips']} clips")
+    _finish(result, as_json)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:

@@ -16,6 +16,13 @@ from data_pipeline.shard import shard
 from data_pipeline.simulate import SimulationSpec, simulate
 from hopescale.errors import ConfigError, Problem
 
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(Problem("out", out, "is a file", "name a new or empty folder"))
+    return out
+
+
 Bar = Callable[[str], Callable[[int, int], None]]
 
 
@@ -27,7 +34,7 @@ def simulate_pixels(out: Path, settings: Sequence[str], bar: Bar) -> dict[str, A
     """
     valid = {f.name: f.default for f in fields(SimulationSpec)}
     spec = SimulationSpec(**_parse(settings, valid))
-    document = simulate(spec, out, bar("simulate"))
+    document = simulate(spec, _folder(out), bar("simulate"))
     return {"out": str(out), "clips": len(document["clips"]), "digest": document["digest"]}
 
 
@@ -37,7 +44,7 @@ def encode_pixels(pixels: Path, out: Path, settings: Sequence[str], bar: Bar) ->
     Raises:
         UserError: unknown settings, or what `encode` refuses.
     """
-    document = encode(pixels, out, **_parse(settings, _keywords(encode)), progress=bar("encode"))
+    document = encode(pixels, _folder(out), **_parse(settings, _keywords(encode)), progress=bar("encode"))
     return {"out": str(out), "clips": len(document["clips"]), "digest": document["digest"]}
 
 
@@ -47,8 +54,10 @@ def shard_features(features: Path, out: Path, settings: Sequence[str], bar: Bar)
     Raises:
         UserError: unknown settings, or what `shard` refuses.
     """
-    manifest = shard(features, out, **_parse(settings, _keywords(shard)), progress=bar("shard"))
-    return {"out": str(out), "shards": [asdict(s) for s in manifest.shards], "fingerprint": manifest.fingerprint}
+    manifest = shard(features, _folder(out), **_parse(settings, _keywords(shard)), progress=bar("shard"))
+    clips = sum(s.num_clips for s in manifest.shards)
+    shards = [asdict(s) for s in manifest.shards]
+    return {"out": str(out), "clips": clips, "shards": shards, "fingerprint": manifest.fingerprint}
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hopescale.checkpoint.manager import committed, load_tensors
 from hopescale.checkpoint.manifest import verify
 from hopescale.config.compose import validate, with_overrides
 from hopescale.config.schema import Config
-from hopescale.errors import CheckpointError, Problem
+from hopescale.errors import CheckpointError, ConfigError, Problem
 from hopescale.evaluate import Errors, held_out_errors, rollout, summarise, surprise_by_frame
 from hopescale.model.block import HopeBlock
 from hopescale.model.predictor import HopePredictor, normalise
@@ -46,6 +46,9 @@ def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = Non
     """
     began = time.monotonic()
     run = RunFolder(path)
+    if not path.is_dir():
+        raise ConfigError(Problem("run", path, "does not exist", "name a run folder"))
+    _check_overrides(overrides)
     checkpoint = newest(run.checkpoints)
     manifest = verify(checkpoint)
     config = with_overrides(validate(manifest["config"]), overrides)
@@ -76,6 +79,14 @@ def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = Non
     }
     write_result(run, result)
     return result
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Only where the data lies and where to compute may differ; anything else would be ignored or mislead."""
+    bad = [text for text in overrides if not text.startswith(("data.", "parallel."))]
+    if bad:
+        rule = "an evaluation takes data.* and parallel.* only; all else comes from the checkpoint"
+        raise ConfigError([Problem("override", text, rule, "leave it out") for text in bad])
 
 
 def newest(root: Path) -> Path:

@@ -70,6 +70,9 @@ def _check_run_folder(config: Config) -> None:
     if not first.is_dir():
         field = "run.dir" if config.run.dir is not None else "run.root"
         raise ConfigError(Problem(field, folder, f"{first} is not a folder", f"set {field} to another path"))
+    if config.run.dir is not None and first == folder and any(folder.iterdir()) and not (folder / "lock").exists():
+        rule = "holds files, and they are not those of a run"
+        raise ConfigError(Problem("run.dir", folder, rule, "name a new folder, an empty one, or one of an earlier run"))
 
 
 def _shape_problems(config: Config, reader: ClipReader) -> list[Problem]:

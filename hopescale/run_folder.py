@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from data_pipeline.cache import write_json
 from hopescale.config.compose import to_yaml
 from hopescale.config.schema import Config
-from hopescale.errors import EXIT_DONE, UserError, describe
+from hopescale.errors import EXIT_DONE, ConfigError, Problem, UserError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,26 @@ class RunFolder:
         for folder in (self.checkpoints, self.logs, self.report):
             folder.mkdir(parents=True, exist_ok=True)
         return self.read_status().get("incarnation", -1) + 1
+
+    def claim(self) -> IO[str]:
+        """Take the folder for this run, until the returned file is closed or its process ends, however it ends.
+
+        Raises:
+            ConfigError: another run is alive in it.
+        """
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            rule = f"another run is training here ({owner})"
+            raise ConfigError(Problem("run.dir", self.path, rule, "wait for it, or name another folder")) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return lock
 
     def write_config(self, config: Config) -> None:
         """Replace config.yaml by the resolved configuration of this incarnation."""

@@ -71,9 +71,14 @@ def main(overrides: Sequence[str]) -> int:
 def train(config: Config, launch: Launch, device: torch.device, data: ClipReader, held_out: ClipReader) -> int:
     """Train inside a process group and leave the outcome in the run folder."""
     run = RunFolder(decide_on_first(lambda: make_run_folder(config)))
-    attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
-    log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)
-    with attempt.failing_aloud(), ExitStack() as stack:
+    with ExitStack() as stack:
+        with Together():
+            if launch.is_first:
+                stack.enter_context(closing(run.claim()))
+        attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
+        log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)
+        logger.info("run: %s", run.path)
+        stack.enter_context(attempt.failing_aloud())
         attempt.say("running")
         check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
         model, optimizer = build(config, device, launch.world_size)
@@ -98,8 +103,9 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
             world_size=launch.world_size,
         )
         outcome = trainer.run()
-    code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
-    attempt.say(outcome, code)
+        code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
+        attempt.say(outcome, code)
+    logger.info("%s at step %d of %d: %s", outcome, state.step, config.train.steps, run.path)
     return code
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -151,4 +152,7 @@ def load_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
                 Problem("checkpoint", folder, rule, "use the configuration the checkpoint was made with")
             )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(dict(into), storage_reader=reader, planner=planner)
+    with warnings.catch_warnings():
+        # Without a process group DCP reads in this process, as wanted, and warns about it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(dict(into), storage_reader=reader, planner=planner)

@@ -72,7 +72,7 @@ def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:
             name,
             new.get(name, "absent"),
             f"this run folder was trained with {old.get(name, 'no such field')}",
-            "resume with the old value, or start a new run with another run.name",
+            "resume with the old value, or start a new run in another run.dir",
         )
         for name in fields
         if old.get(name) != new.get(name)

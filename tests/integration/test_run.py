@@ -122,3 +122,30 @@ def test_the_smoke_demo_walks_the_whole_path_and_reuses_what_it_made(hopescale, 
 
     second = hopescale(*settings, timeout=400)
     assert json.loads(second.stdout.splitlines()[-1])["cached"] == ["simulate", "encode", "shard"]
+
+
+def test_a_folder_in_use_or_of_something_else_is_refused(hopescale, small_run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hopescale.cli", "train", *small_run, "train.steps=1000000"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        try:
+            scrape(tmp_path / "run", run)
+            second = hopescale("train", *small_run)
+        finally:
+            run.send_signal(signal.SIGKILL)
+    assert second.returncode == 2, second.stderr
+    assert f"another run is training here (process {run.pid} on" in second.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
+
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").touch()
+    other = hopescale("train", *small_run, f"run.dir={tmp_path / 'holiday'}")
+    assert other.returncode == 2
+    assert "not those of a run" in other.stderr
+
+
+def test_evaluation_refuses_settings_that_it_would_ignore(hopescale, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    refused = hopescale("eval", str(tmp_path / "run"), "optimizer.lr=1")
+    assert (refused.returncode, "override=optimizer.lr=1" in refused.stderr) == (2, True)
+    assert hopescale("eval", str(tmp_path / "nothing")).returncode == 2
