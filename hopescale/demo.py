@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cache import cached_folder, content_key
+from data_pipeline.cache import cached_folder, content_key, write_json
 from data_pipeline.encode import FEATURES_FILE, encode, features_key_parts
 from data_pipeline.shard import shard, shards_key_parts
 from data_pipeline.simulate import PIXELS_FILE, SIMULATOR_VERSION, SimulationSpec, simulate
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, UserError
-from hopescale.evaluate_run import evaluate_run, write_result
+from hopescale.evaluate_run import evaluate_run
 from hopescale.metrics.sinks.prometheus import check_endpoint
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
@@ -78,12 +78,12 @@ def run_demo(overrides: Sequence[str], bar: Bar) -> dict[str, Any]:
     result["seconds"] = seconds
     result["cached"] = cached
     run = RunFolder(path)
-    write_result(run, result)
+    write_json(run.result, result)
     with _timed(seconds, "report"):
         page = write_report(path)
     seconds["total"] = round(time.monotonic() - began, 2)
     result["paths"] |= {"report": str(page), "result": str(run.result), "pixels": str(pixels)}
-    write_result(run, result)
+    write_json(run.result, result)
     print_result(result)
     print(f"report: {page}")
     return result

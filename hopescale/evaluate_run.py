@@ -77,7 +77,7 @@ def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = Non
             "command": f"hopescale eval {path}",
         },
     }
-    write_result(run, result)
+    write_json(run.result, result)
     return result
 
 
@@ -101,11 +101,6 @@ def newest(root: Path) -> Path:
             Problem("checkpoint", root, "holds no committed checkpoint", "train first, or name another run")
         )
     return found[0]
-
-
-def write_result(run: RunFolder, result: dict[str, Any]) -> None:
-    """Replace result.json atomically."""
-    write_json(run.result, result)
 
 
 @torch.no_grad()
