@@ -39,9 +39,10 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
 @app.command()
 def train(overrides: Overrides = None) -> None:
     """Train in this process (one rank). For more: torchrun … -m hopescale.train KEY=VALUE…."""
+    from hopescale.parallel.process_group import end_process
     from hopescale.train import main as train_main
 
-    sys.exit(train_main(overrides or []))
+    end_process(train_main(overrides or []))
 
 
 @app.command("eval")

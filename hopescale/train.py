@@ -34,7 +34,14 @@ from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.parallel.agreement import Together, check_agreement, decide_on_first
 from hopescale.parallel.fsdp import free_gathered, shard_model
 from hopescale.parallel.mesh import build_mesh
-from hopescale.parallel.process_group import Launch, choose_device, prepare_process, process_group, read_launch
+from hopescale.parallel.process_group import (
+    Launch,
+    choose_device,
+    end_process,
+    prepare_process,
+    process_group,
+    read_launch,
+)
 from hopescale.preflight import preflight
 from hopescale.run_folder import Attempt, RunFolder, make_run_folder
 from hopescale.trainer import Trainer
@@ -192,4 +199,4 @@ def config_hash(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -104,3 +107,17 @@ def process_group(config: ParallelConfig, launch: Launch, device: torch.device) 
             yield
         finally:
             dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code after a process group lived in it, without finalizing the interpreter.
+
+    Functional collectives, and so DTensor and FSDP2, keep gloo's worker threads alive after `destroy_process_group`.
+    Such a thread takes the GIL to release the tensors of its last collective; if by then the interpreter is being
+    finalized, the thread is unwound through C++ frames that forbid it and the process aborts: "terminate called without
+    an active exception", and a finished run reports signal 6. (https://github.com/pytorch/pytorch/pull/179291)
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -20,7 +20,7 @@ from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
-from hopescale.parallel.process_group import choose_device, process_group, read_launch
+from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.train import build
 from hopescale.train_step import micro_losses, objective_share, train_step
 
@@ -153,3 +153,4 @@ def main(out: Path, optimizer_file: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2])
+    end_process(0)
