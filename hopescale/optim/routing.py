@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("*norm*", "vectors"),
     ("*_position.weight", "embeddings"),
     ("*.memory.w[12]", "titan"),
+    ("*.memory.longterm.w[12]", "titan"),
     ("*.cms.*", "cms"),
     ("*.attention.*", "attention"),
     ("*.fc[12].weight", "attention"),
@@ -52,8 +54,18 @@ def route(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> 
     return routes
 
 
-def parameter_groups(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, Tensor]],
+    config: OptimizerConfig,
+    periods: Mapping[str, int] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """Optimizer groups in the order of `optimizer.groups`, leaving out those that own nothing.
+
+    Args:
+        parameters: named parameters of the model.
+        config: of the optimizer.
+        periods: name pattern -> period that its parameters get instead of their group's, first match first. Those with
+            another period P than their group make a group of their own, GROUP_P, with all other settings of GROUP.
 
     Raises:
         ValueError: m3 is asked for and would own no parameter at all.
@@ -62,21 +74,24 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], config: Optimizer
     routes = route(named.items(), config)
     groups = []
     for name, settings in config.groups:
-        members = [r.name for r in routes if r.group == name]
-        if not members:
-            continue
+        by_period: dict[int, list[str]] = {}
+        for member in (r.name for r in routes if r.group == name):
+            own = (period for pattern, period in periods.items() if fnmatchcase(member, pattern))
+            by_period.setdefault(next(own, settings.period), []).append(member)
         decay = config.weight_decay if settings.weight_decay is None else settings.weight_decay
-        groups.append(
-            {
-                "name": name,
-                "algorithm": settings.algorithm,
-                "params": [named[member] for member in members],
-                "param_names": members,
-                "lr": config.lr * settings.lr_scale,
-                "lr_scale": settings.lr_scale,
-                "weight_decay": decay,
-            }
-        )
+        for period, members in sorted(by_period.items()):
+            groups.append(
+                {
+                    "name": name if period == settings.period else f"{name}_{period}",
+                    "algorithm": settings.algorithm,
+                    "params": [named[member] for member in members],
+                    "param_names": members,
+                    "lr": config.lr * settings.lr_scale,
+                    "lr_scale": settings.lr_scale,
+                    "weight_decay": decay,
+                    "period": period,
+                }
+            )
     asked = [name for name, settings in config.groups if settings.algorithm == "m3"]
     if asked and not any(group["algorithm"] == "m3" for group in groups):
         raise ValueError(f"m3 is asked for groups {', '.join(asked)}, but this model has no parameters in them")
@@ -84,12 +99,15 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], config: Optimizer
 
 
 def routing_table(groups: list[dict[str, Any]]) -> str:
-    """One line a group: algorithm, tensors, parameters, learning rate, decay."""
-    lines = [f"{'group':<12}{'algorithm':<11}{'tensors':>8}{'parameters':>14}{'lr':>11}{'decay':>8}"]
+    """One line a group: algorithm, tensors, parameters, learning rate, decay, and the period where one is above 1."""
+    width = max([12, *(len(group["name"]) + 2 for group in groups)])
+    slow = any(group["period"] > 1 for group in groups)
+    header = f"{'group':<{width}}{'algorithm':<11}{'tensors':>8}{'parameters':>14}{'lr':>11}{'decay':>8}"
+    lines = [header + (f"{'period':>8}" if slow else "")]
     for group in groups:
         numbers = sum(p.numel() for p in group["params"])
         lines.append(
-            f"{group['name']:<12}{group['algorithm']:<11}{len(group['params']):>8}{numbers:>14,}"
-            f"{group['lr']:>11.2e}{group['weight_decay']:>8.3g}"
+            f"{group['name']:<{width}}{group['algorithm']:<11}{len(group['params']):>8}{numbers:>14,}"
+            f"{group['lr']:>11.2e}{group['weight_decay']:>8.3g}" + (f"{group['period']:>8}" if slow else "")
         )
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -18,7 +18,7 @@ class MomentumLevel(BaseModel):
     model_config = SECTION
 
     period: PositiveInt = 1
-    """Steps between two updates of this level; gradients in between wait in its buffer."""
+    """Steps of its group between two updates of this level; gradients in between wait in its buffer."""
     eta: Beta = 0.95
     """Share of the momentum kept at an update."""
     theta: PositiveFloat = 0.05
@@ -62,6 +62,8 @@ class GroupConfig(BaseModel):
     """Factor on optimizer.lr for this group."""
     weight_decay: NonNegativeFloat | None = None
     """Decoupled decay per unit of learning rate; null takes optimizer.weight_decay."""
+    period: PositiveInt = 1
+    """Training steps for one step of this group, taken on the sum of their clipped gradients at the last one's rate."""
 
 
 class GroupsConfig(BaseModel):
@@ -81,6 +83,18 @@ class GroupsConfig(BaseModel):
     """Position tables, and matrices with a side too short to orthogonalise."""
     vectors: GroupConfig = GroupConfig(weight_decay=0.0)
     """Biases and norms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_not_given(cls, given: Any) -> Any:
+        """A group of which some fields are given keeps its defaults here, not those of any group, for the others."""
+        if not isinstance(given, dict):
+            return given
+        defaults = {name: field.default.model_dump(exclude_unset=True) for name, field in cls.model_fields.items()}
+        return {
+            name: defaults[name] | fields if name in defaults and isinstance(fields, dict) else fields
+            for name, fields in given.items()
+        }
 
     @model_validator(mode="after")
     def _vectors_by_adamw(self) -> GroupsConfig:

@@ -120,9 +120,54 @@ def test_groups_carry_their_own_rate_and_decay() -> None:
     assert by_name["cms"]["algorithm"] == "adamw"
 
 
+def test_a_group_given_in_part_keeps_its_own_defaults_for_the_rest() -> None:
+    config = OptimizerConfig.model_validate({"groups": {"titan": {"period": 4}, "cms": {"lr_scale": 0.5}}})
+    assert (config.groups.titan.weight_decay, config.groups.titan.period) == (0.0, 4)
+    assert (config.groups.cms.algorithm, config.groups.cms.weight_decay) == ("m3", None)
+    with_decay = OptimizerConfig.model_validate({"groups": {"titan": {"weight_decay": None}}})
+    assert with_decay.groups.titan.weight_decay is None
+
+
 def test_groups_that_own_nothing_are_left_out() -> None:
     assert "cms" not in [g["name"] for g in groups(cms={"levels": []})]
     assert "titan" not in [g["name"] for g in groups(block_pattern=("S",))]
+
+
+def test_parameters_with_a_period_of_their_own_make_groups_of_their_own() -> None:
+    levels = [{"period": p, "hidden_multiplier": 1.0} for p in (8, 1, 64, 8)]
+    model = predictor(cms={"mode": "param_period", "levels": levels})
+    settings = {"groups": {"cms": {"algorithm": "m3", "lr_scale": 0.5, "weight_decay": 0.2}, "vectors": {"period": 2}}}
+    config = OptimizerConfig.model_validate(settings)
+    found = {
+        g["name"]: g for g in parameter_groups(model.named_parameters(), config, model.config.cms.parameter_periods)
+    }
+    assert {name: g["period"] for name, g in found.items()} == {
+        **dict.fromkeys(["titan", "cms", "attention", "projections", "embeddings"], 1),
+        "cms_8": 8,
+        "cms_64": 64,
+        "vectors": 2,
+        "vectors_1": 1,
+        "vectors_8": 8,
+        "vectors_64": 64,
+    }
+    for name in ("cms", "cms_8", "cms_64"):
+        assert (found[name]["algorithm"], found[name]["lr_scale"], found[name]["weight_decay"]) == ("m3", 0.5, 0.2)
+    by_name = {name: g["period"] for g in found.values() for name in g["param_names"]}
+    assert by_name.keys() == dict(model.named_parameters()).keys()
+    for number, period in enumerate((8, 1, 64, 8)):
+        level = [p for name, p in by_name.items() if name.startswith(f"blocks.1.cms.levels.{number}.")]
+        assert level == [period] * 6
+
+
+def test_frames_of_a_level_are_no_period_of_its_parameters() -> None:
+    model = predictor()
+    assert model.config.cms.parameter_periods == {}
+    assert {g["period"] for g in groups()} == {1}
+
+
+def test_a_group_gets_the_period_of_its_settings() -> None:
+    found = groups({"groups": {"titan": {"period": 5}}})
+    assert {g["name"]: g["period"] for g in found if g["period"] > 1} == {"titan": 5}
 
 
 def test_asking_for_m3_where_it_would_own_nothing_is_refused() -> None:
@@ -140,6 +185,15 @@ def test_the_table_has_a_line_for_each_group() -> None:
     assert sum(int(line.split()[3].replace(",", "")) for line in lines) == sum(
         p.numel() for p in predictor().parameters()
     )
+
+
+def test_the_table_tells_periods_where_there_are_any() -> None:
+    model = predictor(cms={"mode": "param_period", "levels": [{"period": 123456, "hidden_multiplier": 1.0}]})
+    found = parameter_groups(model.named_parameters(), OptimizerConfig(), model.config.cms.parameter_periods)
+    header, *lines = routing_table(found).splitlines()
+    assert header.split()[-1] == "period"
+    assert {line.split()[0]: line.split()[-1] for line in lines} == {g["name"]: str(g["period"]) for g in found}
+    assert len({len(line) for line in (header, *lines)}) == 1
 
 
 def test_the_groups_make_an_optimizer() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.optim.schema import ClipConfig
-from hopescale.parallel.gradients import clip_gradients, group_norms
+from hopescale.parallel.gradients import clip_gradients, dead_numbers, group_norms, local_size, parameter_squares
 
 
 def groups(*gradients: list[list[float] | None]) -> list[dict[str, Any]]:
@@ -96,3 +96,19 @@ def test_clipping_bounds_the_joint_norm_like_torch() -> None:
     clip(found, "global", 0.5)
     for parameter, clipped in zip(parameters, (g for group in gradients(found) for g in group), strict=True):
         torch.testing.assert_close(clipped, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_numbers_without_a_gradient_and_with_one_of_zero_are_dead() -> None:
+    found = groups([[1e-38, 0.0, -0.0], None], [[float("nan"), 1.0]], [None])
+    assert dead_numbers(found).tolist() == [3, 0, 1]
+    assert [local_size(group) for group in found] == [4, 2, 1]
+
+
+def test_squares_of_parameters_are_summed_up_in_double_precision() -> None:
+    found = groups([None, [1.0, 1.0]], [[1.0]])
+    for group in found:
+        for number, parameter in enumerate(group["params"]):
+            nn.init.constant_(parameter, 1e30 * (number + 1))
+    squares = parameter_squares(found)
+    assert squares.dtype == torch.float64
+    torch.testing.assert_close(squares, torch.tensor([9e60, 1e60], dtype=torch.float64), rtol=1e-6, atol=0)
