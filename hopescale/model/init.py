@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from .schema import MEMORIES
+
 EMBEDDING_STD = 0.02
 
 MATRIX_STD = 0.02
@@ -19,8 +21,8 @@ REFERENCE_FAN_IN = 384
 sqrt(REFERENCE_FAN_IN / inputs)."""
 
 CONDITIONING_STD = 3.0
-"""Of an action's or state's embedding, for inputs of about 1. Large, because a few numbers must be heard beside a whole
-frame: the demo learns to use its actions a hundred steps earlier than at a third of it."""
+"""Of the embedding of an action, a state or extrinsics, for inputs of about 1. Large, because a few numbers must be
+heard beside a whole frame: the demo learns to use its actions a hundred steps earlier than at a third of it."""
 
 HEAD_STD = 0.004
 """Of the projection back to channels: a fresh predictor that emits changes all but repeats the newest frame."""
@@ -28,6 +30,8 @@ HEAD_STD = 0.004
 # First match wins; what matches nothing is a matrix.
 CONSTANTS: tuple[tuple[str, float], ...] = (
     ("*norm*weight", 1.0),
+    ("*longterm.gate.weight", 0.0),
+    ("*longterm.gate.bias", 1.0),
     ("*bias", 0.0),
     ("*.spatial_mixing.second.weight", 0.0),
 )
@@ -38,13 +42,17 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Set every parameter of an unsharded model in place.
 
     Constants: norms 1, biases 0, the output matrix of spatial mixing 0 (a fresh block is then the block without it).
+    The norms of the eta and alpha memories alternate 1 and -1 over features. The gate of a long-term memory starts at
+    sigmoid(1) for every token.
     All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output projection,
-    3 / sqrt(inputs) for encoders of actions and states, and 0.02 sqrt(384 / inputs) for other matrices.
+    3 / sqrt(inputs) for encoders of actions, states and extrinsics, and 0.02 sqrt(384 / inputs) for other matrices.
     """
     for name, parameter in model.named_parameters():
         constant = next((value for pattern, value in CONSTANTS if fnmatchcase(name, pattern)), None)
         if constant is not None:
             parameter.fill_(constant)
+            if fnmatchcase(name, "*.memory.norm_weight") and len(parameter) == len(MEMORIES):
+                _alternate(parameter)
         elif fnmatchcase(name, "*_position.weight"):
             parameter.copy_(_truncated_normal(parameter, EMBEDDING_STD, seed, name))
         elif fnmatchcase(name, "*_encoder.weight"):
@@ -54,6 +62,13 @@ def initialise(model: nn.Module, seed: int) -> None:
         else:
             std = MATRIX_STD * (REFERENCE_FAN_IN / parameter.shape[-1]) ** 0.5
             parameter.copy_(_truncated_normal(parameter, std, seed, name))
+
+
+def _alternate(norm_weight: Tensor) -> None:
+    # Gates are means over features of normalised vectors: with equal weights they would be 0 whatever these memories
+    # say, and the memories' matrices would have no gradient.
+    for gate in ("eta", "alpha"):
+        norm_weight[MEMORIES.index(gate), 1::2] = -1
 
 
 def _truncated_normal(like: Tensor, std: float, seed: int, name: str) -> Tensor:

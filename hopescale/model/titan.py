@@ -1,77 +1,86 @@
-"""Self-modifying Titan memories with a closed-form write (Nested Learning, Eq. 76-91).
+"""Self-modifying Titan memories (Nested Learning, Eq. 76-91).
 
 Five two-layer residual memories M(z) = z + W2 gelu(W1 z) live in every clip: key, value, eta (step size), alpha
-(retention) and main. A chunk of frames is first read with the memories as they are, then written into them. One
-write takes the gradient of the inner loss |M(k) - M(v)|^2 in closed form, with the rank-1 preconditioner of the
-delta rule folded into it, so it needs neither autograd inside forward nor a matrix product of its own:
+(retention) and main. A chunk of frames is first read with the memories as they are, then written into them:
 
-    A = K W1^T    H = gelu(A)    U = H W2^T    E = 2 ((U + K) - V^)    S = (E W2) * gelu'(A)
-    W1 <- a W1 - (eta * (S + A))^T K        W2 <- a W2 - (eta * E)^T H
+    k, v, eta, alpha = M_key(x), M_value(x), M_eta(x), M_alpha(x)      y = M_main(q),  q = W_q x
+    W1 <- a W1 - (eta * (S + A))^T K        W2 <- a W2 - (eta * E)^T Hd
+
+for each of the five, with the gradient of |M(k) - M(v)|^2 in closed form (`inner_gradient.py`), so there is no autograd
+inside forward. `write_rules.py` holds the write, and what may be chosen about it.
 
 Everything here is a pure function of (fast weights, input): nothing is kept on the module, so sharding, activation
-checkpointing and several passes per step are safe. Fast weights stay in fp32; under autocast only products are bf16.
+checkpointing and several passes per step are safe. Fast weights are never narrower than fp32; under autocast only
+products are bf16.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .schema import MEMORIES, MemoryConfig
+from .inner_gradient import InnerGradient
+from .longterm import LongTermChange, LongTermMemory
+from .memory_stack import MemoryStack
+from .precision import at_least_fp32
+from .recall import recall
+from .schema import MEMORIES, LongTermConfig, MemoryConfig, MemoryName
+from .write_rules import FastWeights, Gates, Write, matrix_norm
 
 KEY, VALUE, ETA, ALPHA, MAIN = range(len(MEMORIES))
 
 
-class FastWeights(NamedTuple):
-    """A clip's own copy of the five memories."""
-
-    w1: Float[Tensor, "memories batch heads hidden features"]
-    w2: Float[Tensor, "memories batch heads features hidden"]
-
-
-class Reading(NamedTuple):
-    """What one chunk reads from the memories, before writing into them."""
-
-    output: Float[Tensor, "batch tokens width"]
-    key: Float[Tensor, "batch heads tokens features"]
-    value: Float[Tensor, "batch heads tokens features"]
-    step_size: Float[Tensor, "batch heads tokens 1"]
-    retention: Float[Tensor, "batch heads 1 1"]
-
-
 class MemoryTrace(NamedTuple):
-    """Detached figures of the writes of one pass: one column a write (none where nothing was written)."""
+    """Detached figures of one pass: one column a write (none where nothing was written)."""
 
     surprise: Float[Tensor, "batch writes"]
-    """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o, in [0, 2], of the main memory (the first written
-    one, if the main memory is only read)."""
+    """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o, in [0, 2], of the main memory."""
     retention: Float[Tensor, "batch writes"]
-    write_ratio: Float[Tensor, "batch writes"]
-    """Norm of the write over the norm of what it is written into."""
-    norm_ratio: Float[Tensor, "batch writes"]
-    """Norm of the main memory after the write over its norm at the start of the pass."""
+    """Share of the old memory that was kept, mean over heads."""
+    retention_min: Float[Tensor, "batch writes"]
+    """The same of the head that kept least."""
+    step_size: Float[Tensor, "batch writes"]
+    """Summed over a chunk's tokens, mean over heads: at most eta_max."""
+    step_size_p99: Float[Tensor, "batch writes"]
+    """99th percentile over a chunk's tokens and heads of a token's step size, times tokens: at most eta_max."""
+    gate: Float[Tensor, "batch writes"]
+    """1 where the clip's memories were written, 0 where its surprise was below `surprise_gate`."""
+    write_ratio: Float[Tensor, "batch writes memories"]
+    """Norm of the limited write over the norm of what it is written into; 0 for a memory that is only read."""
+    limited: Float[Tensor, "batch writes memories"]
+    """Share of matrices whose change was larger than `write_limit` before it was limited."""
+    norm_ratio: Float[Tensor, "batch memories"]
+    """Norm of W1 after the last write over its trained norm."""
+    drift: Float[Tensor, "batch memories"]
+    """Norm of the change of W1 since the start of the clip over its trained norm."""
+    level_ratio: Float[Tensor, "batch frames levels"]
+    """Norm of what each CMS level of the block adds to a frame's tokens over the norm of what it adds it to, 0 where it
+    passes the frame by; the block fills it in."""
+    longterm: LongTermChange | None = None
+    """What the long-term memory is to carry over to other clips."""
 
 
-class TitanMemory(nn.Module):
-    """The memories of one H block, with the only static projection (queries) and the output projection."""
+class TitanMemory(MemoryStack):
+    """The memories of one H block, with the only static projection (queries) and the output projection.
 
-    def __init__(self, config: MemoryConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.written = sorted(MEMORIES.index(name) for name in config.self_modify)
-        self.watched = self.written.index(MAIN) if MAIN in self.written else 0
-        heads, features = config.heads, width // config.heads
-        hidden = round(config.hidden_multiplier * width / heads)
+    With `longterm`, one more memory, which outlives the clip, is read at the same queries and written with the same
+    keys, values and gates (`longterm.py`).
+    """
+
+    memories: ClassVar[tuple[MemoryName, ...]] = MEMORIES
+
+    def __init__(self, config: MemoryConfig, width: int, longterm: LongTermConfig | None = None) -> None:
+        super().__init__(config, width, config.hidden_multiplier, self.memories)
         self.query = nn.Linear(width, width, bias=False)
-        self.w1 = nn.Parameter(torch.empty(len(MEMORIES), heads, hidden, features))
-        self.w2 = nn.Parameter(torch.empty(len(MEMORIES), heads, features, hidden))
-        self.norm_weight = nn.Parameter(torch.empty(len(MEMORIES), width))
-        self.norm_bias = nn.Parameter(torch.empty(len(MEMORIES), width))
         self.out = nn.Linear(width, width)
+        self.longterm = None if longterm is None else LongTermMemory(config, longterm, width)
 
     def forward(
         self,
@@ -80,6 +89,7 @@ class TitanMemory(nn.Module):
         *,
         writes: bool = True,
         keep_state: bool = False,
+        consolidate: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Float[Tensor, "batch frames tokens width"], FastWeights | None, MemoryTrace]:
         """Read and write chunk by chunk.
 
@@ -88,122 +98,188 @@ class TitanMemory(nn.Module):
             fast: memories to go on from; None starts from the trained ones.
             writes: False only reads.
             keep_state: also write the last chunk and return the memories, for a pass that goes on from here.
+            consolidate: weights of frames in what is to be carried over to other clips; None carries over nothing.
 
         Returns:
             The memories' output, the memories after the last chunk (None unless kept), and figures of the writes.
         """
-        batch, frames, tokens, width = x.shape
-        fast = self.start(batch) if fast is None else fast
-        start_norm = _norm(fast.w1[MAIN].detach()).mean(dim=(1, 2, 3))
-        queries = F.normalize(self._split(self.query(x).flatten(1, 2).float()), dim=-1)
-        inputs = self._split(x.flatten(1, 2))
-        per_chunk = self.config.chunk_size * tokens
-        outputs, traces = [], []
-        for begin in range(0, frames * tokens, per_chunk):
-            end = begin + per_chunk
-            reading = self.read(fast, inputs[:, :, begin:end], queries[:, :, begin:end])
-            outputs.append(reading.output)
-            # A write after the last read of the pass reaches nothing.
-            if writes and self.written and (keep_state or end < frames * tokens):
-                fast, trace = self.write(fast, reading, start_norm)
-                traces.append(trace)
-        output = self.out(torch.cat(outputs, dim=1)).view(batch, frames, tokens, width)
-        return output, fast if keep_state else None, _stack(traces, x)
+        shape, writes = x.shape, writes and bool(self.written)
+        if self.config.scope == "batch":
+            # One memory for all clips: their tokens are tokens of one.
+            x = x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        queries = F.normalize(self.split(at_least_fp32(self.query(x)), 0), dim=-1)
+        inputs = self.inputs(x)
+        chunks = [
+            (inputs[:, :, begin:end].flatten(2, 3), queries[:, :, begin:end].flatten(2, 3))
+            for begin, end in _spans(x.shape[1], self.config.chunk_size)
+        ]
+        fast = self.start() if fast is None else fast
+        lasting, change = fast.longterm, None
+        consolidate = None if self.longterm is None else consolidate
+        num_writes = len(chunks) - (not keep_state) if writes else 0
+        ahead = self.at_start(chunks[:num_writes]) if self.config.chunk_rule == "scan" else [None] * num_writes
+        full, outputs, gates, written = fast, [], [], []
+        for number, (tokens, query) in enumerate(chunks):
+            # A write after the last read of the pass reaches nothing, so the last chunk reads the main memory alone,
+            # and of the last write only what goes into that reaches anything.
+            if number < num_writes:
+                last = not keep_state and consolidate is None and number == num_writes - 1
+                output, fast, figures = self.step(fast, tokens, query, ahead[number], last=last)
+                full = full if last else fast
+                gates.append(figures[0])
+                written.append(figures[1])
+            elif writes and consolidate is not None:
+                output, its_gates = self.read(fast, tokens, query)
+                gates.append(its_gates)
+            else:
+                output = self.recall_main(fast, query)
+            outputs.append(output)
+        recalled = torch.cat(outputs, dim=1).view(x.shape)
+        if self.longterm is not None:
+            added, lasting, change = self.longterm(x, [query for _, query in chunks], gates, lasting, consolidate)
+            recalled = recalled + added
+        output = self.out(recalled)
+        if self.config.scope == "batch":
+            output = output.squeeze(0).unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+        state = _owned(fast)._replace(longterm=lasting) if keep_state else None
+        trace = self._trace(gates[: len(written)], written, full, fast, shape)
+        return output, state, trace._replace(longterm=change)
 
-    def start(self, batch: int) -> FastWeights:
-        """The trained memories, one copy a clip (a copy, because a view would outlive the gathered parameter)."""
-        w1, w2 = (w.float().unsqueeze(1).expand(-1, batch, -1, -1, -1).clone() for w in (self.w1, self.w2))
-        return FastWeights(w1, w2)
+    def inputs(
+        self, x: Float[Tensor, "batch frames tokens width"]
+    ) -> Float[Tensor, "heads batch frames tokens features"]:
+        """What `read` takes, for all frames."""
+        return self.split(at_least_fp32(x), 0)
+
+    def step(
+        self,
+        fast: FastWeights,
+        x: Float[Tensor, "heads batch tokens features"],
+        query: Float[Tensor, "heads batch tokens features"],
+        ahead: tuple[Gates, InnerGradient] | None = None,
+        *,
+        last: bool = False,
+    ) -> tuple[Float[Tensor, "batch tokens width"], FastWeights, tuple[Gates, Write]]:
+        """Read one chunk, then write it.
+
+        Args:
+            fast: memories before.
+            x: tokens of the chunk.
+            query: of the same tokens.
+            ahead: what was computed for the chunk at the start of the clip.
+            last: whether only the main memory is read afterwards; then only that is written and returned.
+        """
+        if ahead is None:
+            output, gates = self.read(fast, x, query)
+            fast, write = self.write(fast, gates, last=last)
+        else:
+            output, gates = self.recall_main(fast, query), ahead[0]
+            fast, write = self.write(fast, *ahead, last=last)
+        return output, fast, (gates, write)
 
     def read(
         self,
         fast: FastWeights,
-        x: Float[Tensor, "batch heads tokens features"],
-        query: Float[Tensor, "batch heads tokens features"],
-    ) -> Reading:
+        x: Float[Tensor, "heads batch tokens features"],
+        query: Float[Tensor, "heads batch tokens features"],
+    ) -> tuple[Float[Tensor, "batch tokens width"], Gates]:
         """Read all five memories: the main one at the query, the others at the input."""
-        z = torch.cat([x.expand(4, *x.shape), query.to(x.dtype).unsqueeze(0)])
-        out = z + _product(F.gelu(_product(z, fast.w1)), fast.w2)
-        out = F.layer_norm(self._merge(out).float(), (self.out.in_features,))
-        out = out * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
-        heads = self._split(out[:MAIN])
-        step_size = torch.sigmoid(heads[ETA].mean(dim=-1, keepdim=True)) * (self.config.eta_max / x.shape[-2])
-        retention = torch.sigmoid(heads[ALPHA].mean(dim=(-2, -1), keepdim=True) + self.config.retention_bias)
-        key, value = F.normalize(heads[KEY], dim=-1), F.normalize(heads[VALUE], dim=-1)
-        return Reading(out[MAIN], key, value, step_size, retention)
+        z = torch.cat([x.expand(MAIN, *x.shape), query.unsqueeze(0)])
+        out = self.normed(recall(z, fast.w1, fast.w2), slice(None))
+        return out[MAIN], self._gates(self.split(out[:MAIN], 1))
 
-    def write(
-        self, fast: FastWeights, reading: Reading, start_norm: Float[Tensor, " batch"]
-    ) -> tuple[FastWeights, MemoryTrace]:
-        """Write one chunk into the memories of `self_modify`; see the equations at the top of the file."""
-        w1, w2 = _select(fast.w1, self.written), _select(fast.w2, self.written)
-        key, value = reading.key, reading.value
-        seen1, seen2 = (w1, w2) if self.config.meta_grad == "so" else (w1.detach(), w2.detach())
-        if self.config.meta_grad == "fo":
-            key, value = key.detach(), value.detach()
+    def read_gates(self, fast: FastWeights, x: Float[Tensor, "heads batch tokens features"]) -> Gates:
+        """Read all memories but the main one."""
+        z = x.expand(MAIN, *x.shape)
+        return self._gates(self.split(self.normed(recall(z, fast.w1[:MAIN], fast.w2[:MAIN]), slice(MAIN)), 1))
 
-        tokens = key.shape[-2]
-        inputs = torch.cat([key, value], dim=-2)
-        pre = _product(inputs.expand(len(self.written), *inputs.shape), seen1)
-        hidden = F.gelu(pre)
-        out = _product(hidden, seen2) + inputs
-        predicted, target = out[..., :tokens, :], out[..., tokens:, :]
-        pre, hidden = pre[..., :tokens, :], hidden[..., :tokens, :]
+    def at_start(self, chunks: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Gates, InnerGradient]]:
+        """Gates and inner gradients of all chunks at the trained memories, those of equal length in one batch."""
+        start, found = self.start(), []
+        for _, group in groupby((x for x, _ in chunks), key=lambda x: x.shape[2]):
+            x = torch.stack(list(group), dim=2)
+            gates = self.read_gates(start, x.flatten(1, 2))
+            gradient = self.inner_gradient(self.select(start, self.written), gates)
+            found += zip(_chunks_of(gates, x.shape[2], 1), _chunks_of(gradient, x.shape[2], 2), strict=True)
+        return found
 
-        error = reading.step_size * (2 * (predicted - target))
-        slope = torch.ops.aten.gelu_backward(error @ seen2.to(error.dtype), pre.to(error.dtype))
-        delta1 = (slope + reading.step_size * pre).transpose(-1, -2) @ key
-        delta2 = error.transpose(-1, -2) @ hidden.to(error.dtype)
-        delta1, delta2 = (
-            _limit(delta1.float(), seen1, self.config.write_limit),
-            _limit(delta2.float(), seen2, self.config.write_limit),
+    def _gates(self, out: Float[Tensor, "4 heads batch tokens features"]) -> Gates:
+        config, tokens = self.config, out.shape[-2]
+        key, value = F.normalize(out[KEY], dim=-1), F.normalize(out[VALUE], dim=-1)
+        step_size = torch.sigmoid(out[ETA].mean(dim=-1, keepdim=True)) * (config.eta_max / tokens)
+        logit = out[ALPHA].mean(dim=-1, keepdim=True) + config.retention_bias
+        if not config.retention:
+            logit = torch.full_like(logit, torch.inf)
+        if config.chunk_rule != "token_exact":
+            return Gates(key, value, step_size, torch.sigmoid(logit.mean(dim=-2, keepdim=True)), None)
+        # Each token keeps the tokens-th root, so that a chunk keeps as much as under the other rules.
+        kept = F.logsigmoid(logit) / tokens
+        return Gates(key, value, step_size, kept.sum(dim=-2, keepdim=True).exp(), kept.exp())
+
+    @torch.no_grad()
+    def _trace(
+        self, gates: list[Gates], written: list[Write], full: FastWeights, fast: FastWeights, shape: Sequence[int]
+    ) -> MemoryTrace:
+        """Figures of the writes; `full` are all memories as last known, `fast` those after the last write."""
+        batch, frames = shape[:2]
+        norm_ratio, drift = self._moved(full, fast, batch)
+        none = fast.w1.new_zeros(batch, 0)
+        levels = fast.w1.new_zeros(batch, frames, 0)
+        if not written:
+            each = none.unsqueeze(-1).expand(batch, 0, len(self.names))
+            return MemoryTrace(none, none, none, none, none, none, each, each, norm_ratio, drift, levels)
+
+        def column(figures: list[Tensor]) -> Tensor:
+            return torch.stack(figures, dim=1).expand(batch, *[-1] * figures[0].ndim)
+
+        def by_memory(figure: Tensor) -> Tensor:
+            rows = dict(zip(self.written[-len(figure) :], figure, strict=True))
+            return torch.stack([rows.get(m, torch.zeros_like(figure[0])) for m in range(len(self.names))], dim=1)
+
+        return MemoryTrace(
+            surprise=column([w.surprise[-1] for w in written]),
+            retention=column([g.retention.mean(dim=(0, 2, 3)) for g in gates]),
+            retention_min=column([g.retention.amin(dim=(0, 2, 3)) for g in gates]),
+            step_size=column([g.step_size.sum(dim=2).mean(dim=(0, 2)) for g in gates]),
+            step_size_p99=column([_percentile_99(g.step_size) * g.step_size.shape[2] for g in gates]),
+            gate=column([w.written.to(none.dtype) for w in written]),
+            write_ratio=column([by_memory(w.ratio) for w in written]),
+            limited=column([by_memory(w.limited) for w in written]),
+            norm_ratio=norm_ratio,
+            drift=drift,
+            level_ratio=levels,
         )
-        new1, new2 = reading.retention * w1 - delta1, reading.retention * w2 - delta2
-        fast = FastWeights(_replace(fast.w1, self.written, new1), _replace(fast.w2, self.written, new2))
-        with torch.no_grad():
-            trace = MemoryTrace(
-                surprise=_surprise(predicted[self.watched], target[self.watched]),
-                retention=reading.retention.detach().mean(dim=(1, 2, 3)),
-                write_ratio=(_norm(delta1) / _norm(seen1)).mean(dim=(0, 2, 3, 4)),
-                norm_ratio=_norm(fast.w1[MAIN].detach()).mean(dim=(1, 2, 3)) / start_norm,
-            )
-        return fast, trace
 
-    def _split(self, x: Float[Tensor, "*lead tokens width"]) -> Float[Tensor, "*lead heads tokens features"]:
-        return x.unflatten(-1, (self.config.heads, -1)).transpose(-2, -3)
-
-    def _merge(self, x: Float[Tensor, "*lead heads tokens features"]) -> Float[Tensor, "*lead tokens width"]:
-        return x.transpose(-2, -3).flatten(-2)
+    def _moved(self, full: FastWeights, fast: FastWeights, batch: int) -> list[Float[Tensor, "batch memories"]]:
+        """Norms of W1 and of its change since the start of the clip, over its trained norm, mean over heads."""
+        start = self.start().w1
+        if not fast.num_writes:
+            return [start.new_full((batch, len(self.names)), value) for value in (1.0, 0.0)]
+        size, alone = matrix_norm(start).mean(dim=(1, 2, 3, 4)), len(fast.w1)
+        found = []
+        for of in (lambda w, w0: w, lambda w, w0: w - w0):
+            rows = [matrix_norm(of(full.w1[:-alone], start[:-alone])), matrix_norm(of(fast.w1, start[-alone:]))]
+            ends = [row.mean(dim=(1, 3, 4)).expand(-1, batch) for row in rows if len(row)]
+            found.append((torch.cat(ends) / size[:, None]).T)
+        return found
 
 
-def _product(z: Tensor, w: Tensor) -> Tensor:
-    return z @ w.transpose(-1, -2).to(z.dtype)
+def _percentile_99(step_size: Float[Tensor, "heads batch tokens each"]) -> Float[Tensor, " batch"]:
+    """The smallest number that at least 99 % of a clip's are no larger than."""
+    each = step_size.transpose(0, 1).flatten(1)
+    return each.kthvalue(math.ceil(0.99 * each.shape[1]), dim=1).values
 
 
-def _norm(w: Tensor) -> Tensor:
-    return w.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+def _spans(frames: int, size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, frames)) for begin in range(0, frames, size)]
 
 
-def _limit(delta: Tensor, w: Tensor, share: float) -> Tensor:
-    """Shrink a write smoothly so that its norm stays under `share` of the written matrix's norm."""
-    bound = share**2 * w.square().sum(dim=(-2, -1), keepdim=True) + torch.finfo(torch.float32).tiny
-    return delta * torch.rsqrt(1 + delta.square().sum(dim=(-2, -1), keepdim=True) / bound)
+def _owned(fast: FastWeights) -> FastWeights:
+    """What may outlive the pass: views of the trained memories may not, for a sharded parameter is freed after it."""
+    return fast if fast.num_writes else fast._replace(w1=fast.w1.clone(), w2=fast.w2.clone())
 
 
-def _surprise(predicted: Tensor, target: Tensor) -> Tensor:
-    error, scale = (predicted - target).square().sum(-1), predicted.square().sum(-1) + target.square().sum(-1)
-    return (error / scale).mean(dim=(1, 2)).float()
-
-
-def _select(w: Tensor, which: list[int]) -> Tensor:
-    return w if len(which) == w.shape[0] else w[which]
-
-
-def _replace(w: Tensor, which: list[int], new: Tensor) -> Tensor:
-    return new if len(which) == w.shape[0] else w.to(new.dtype).index_copy(0, torch.tensor(which, device=w.device), new)
-
-
-def _stack(traces: list[MemoryTrace], like: Tensor) -> MemoryTrace:
-    if not traces:
-        return MemoryTrace(*(like.new_zeros(like.shape[0], 0, dtype=torch.float32) for _ in MemoryTrace._fields))
-    return MemoryTrace(*(torch.stack(column, dim=1) for column in zip(*traces, strict=True)))
+def _chunks_of(parts: Gates | InnerGradient, chunks: int, dim: int) -> list[Any]:
+    """One of these for each chunk, from tensors whose batch is clips x chunks."""
+    split = [None if t is None else t.unflatten(dim, (-1, chunks)).unbind(dim + 1) for t in parts]
+    return [type(parts)._make(None if t is None else t[c] for t in split) for c in range(chunks)]

@@ -19,6 +19,8 @@ MAX_LINES = 500
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 MAY_READ_ENVIRONMENT = {
+    # Sets a default of torch's own, which must be there before torch is imported; reads nothing of ours.
+    "hopescale/__init__.py",
     "hopescale/config/compose.py",
     "hopescale/doctor.py",
     "hopescale/parallel/process_group.py",
@@ -207,7 +209,7 @@ def test_only_parallel_imports_sharding_modules(sources: list[Source]) -> None:
     assert found == []
 
 
-def test_the_environment_is_read_in_four_files_only(sources: list[Source]) -> None:
+def test_the_environment_is_read_in_few_files_only(sources: list[Source]) -> None:
     assert [read for s in sources if s.path not in MAY_READ_ENVIRONMENT for read in environment_reads(s)] == []
 
 
