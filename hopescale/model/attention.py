@@ -65,7 +65,10 @@ class Attention(nn.Module):
             k, v = torch.cat([cache.key, k], dim=2), torch.cat([cache.value, v], dim=2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=_frame_causal(frames, tokens, k.shape[2], x.device))
         out = out.unflatten(2, (frames, tokens)).permute(0, 2, 3, 1, 4)
-        return self.project(out.flatten(-2)), KeyValueCache(k, v) if keep_state else None
+        if not keep_state:
+            return self.project(out.flatten(-2)), None
+        # What leaves a sharded module must not be a view of what lives inside it.
+        return self.project(out.flatten(-2)), KeyValueCache(*((k, v) if cache is not None else (k.clone(), v.clone())))
 
 
 def token_places(

@@ -18,8 +18,9 @@ class ParallelConfig(BaseModel):
     """Who shards parameters, gradients and optimizer state: fsdp is PyTorch's FSDP2."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA where there is one."""
-    recompute: Literal["none", "block"] = "block"
-    """Activation checkpointing: block keeps only each block's input and runs the block again in backward."""
+    recompute: Literal["none", "chunk", "block"] = "block"
+    """Activation checkpointing: block keeps only each block's input and runs the block again in backward; chunk runs
+    only the chunks of its memories again, and keeps what each started from and all of the block's other activations."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bf16; parameters, fast weights, gates, norms and the optimizer stay fp32."""
     reshard_after_forward: bool = True
