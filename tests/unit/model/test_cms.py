@@ -11,9 +11,10 @@ from hopescale.model.schema import CmsConfig
 WIDTH = 8
 
 
-def cms(*periods: int) -> ContinuumMemory:
+def cms(*periods: int, mode: str = "frame_mask") -> ContinuumMemory:
     torch.manual_seed(0)
-    config = CmsConfig.model_validate({"levels": [{"period": p, "hidden_multiplier": 1.5} for p in periods]})
+    levels = [{"period": p, "hidden_multiplier": 1.5} for p in periods]
+    config = CmsConfig.model_validate({"mode": mode, "levels": levels})
     return ContinuumMemory(config, WIDTH).requires_grad_(False)
 
 
@@ -65,6 +66,16 @@ def test_frames_of_no_active_level_pass_bit_equal() -> None:
     assert touched(memory, z, 0) == [True, False, False, True, False, False, True, True]
     assert torch.equal(out[:, [1, 2, 4, 5]], z[:, [1, 2, 4, 5]])
     assert memory(frames(1), 1).equal(frames(1))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_all_levels_touch_all_frames_where_periods_are_the_optimizers(offset: int) -> None:
+    memory, z = cms(1, 3, 7, mode="param_period"), frames(8)
+    assert memory.active_levels(8, offset) == [[True] * 8] * 3
+    expected = z
+    for level in memory.levels:
+        expected = level(expected)
+    assert torch.equal(memory(z, offset), expected)
 
 
 def test_frame_by_frame_equals_the_whole_clip() -> None:
