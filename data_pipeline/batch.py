@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -54,9 +55,19 @@ class ClipBatch:
             states=None if self.states is None else self.states.to(device, non_blocking=True),
         )
 
+    def num_frames(self, first: int = 0, end: int | None = None) -> float:
+        """Return how many valid frames with numbers first .. end - 1 the clips have, times their weights."""
+        frames = frames_between(self.lengths.numpy(), first, end)
+        return float(frames @ self.weights.numpy())
+
     def without_weight(self) -> ClipBatch:
         """Return the batch with weight 0 for every clip: it keeps a rank in step and adds nothing."""
         return replace(self, weights=torch.zeros_like(self.weights))
+
+
+def frames_between(lengths: NDArray[np.int64], first: int, end: int | None) -> NDArray[np.int64]:
+    """Return how many of the frames first .. end - 1 (to the last one if end is None) clips of some lengths have."""
+    return np.clip(lengths, first, end) - first
 
 
 def collate(clips: Sequence[Clip], frames: int, positions: np.ndarray, weights: np.ndarray) -> ClipBatch:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batch import Clip, ClipBatch, collate
+from data_pipeline.batch import Clip, ClipBatch, collate, frames_between
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.manifest import (
     INDEX_FOLDER,
@@ -121,6 +121,24 @@ class ClipReader:
             self._add(clips_read=len(clips), read_seconds=time.monotonic() - started)
         return batch
 
+    def read_actions(self, rows: NDArray[np.int64]) -> Tensor:
+        """Read the actions of clips alone: f32 `[B, T, A]` as in `read`, without the cost of their features.
+
+        Args:
+            rows: i64 `[B]`, rows of this reader.
+
+        Raises:
+            DataError: A shard is shorter than the index says, or bytes differ from their checksum.
+        """
+        with self._lock:
+            started = time.monotonic()
+            actions = torch.zeros(len(rows), self.frames - 1, self.action_dim)
+            for number, row in enumerate(rows):
+                stored = self._read_field(int(row), "actions")[: self.frames - 1]
+                actions[number, : len(stored)] = stored
+            self._add(read_seconds=time.monotonic() - started)
+        return actions
+
     def mean_frame(self) -> Tensor:
         """Return f32 `[N, E]`: the mean of the layer-normalised frames of all training clips of the data set."""
         return torch.from_numpy(np.load(self.dataset / MEAN_FRAME_FILE, allow_pickle=False))
@@ -194,16 +212,25 @@ class StepBatches:
 
     Attributes:
         step: Step, counted from 0.
-        num_clips: Clips of the whole global batch, on all ranks.
-        num_transitions: Valid transitions of the whole global batch; with `num_clips`, what summed losses are divided
-            by.
+        lengths: i64 `[G]`, valid frames of every clip of the whole global batch, on all ranks.
         micro: Micro-batches; equally many on every rank.
     """
 
     step: int
-    num_clips: int
-    num_transitions: int
+    lengths: NDArray[np.int64]
     micro: list[ClipBatch]
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the whole global batch, on all ranks."""
+        return len(self.lengths)
+
+    def num_frames(self, first: int = 0, end: int | None = None) -> int:
+        """Return how many valid frames the whole global batch has with numbers first .. end - 1 in their clips.
+
+        This is what summed losses are divided by, so that ranks and micro-batches add up to one mean.
+        """
+        return int(frames_between(self.lengths, first, end).sum())
 
     def to(self, device: torch.device | str) -> StepBatches:
         """Return the same with all tensors on `device`."""
@@ -240,6 +267,8 @@ class GlobalBatches(Iterator[StepBatches]):
         """
         if seed != reader.seed:
             raise ValueError(f"seed {seed} differs from the reader's seed {reader.seed}")
+        self.frames = reader.frames
+        """Stored frames of a batch, F."""
         self._reader = reader
         self._global_batch = global_batch
         self._shares = micro_batches(global_batch, rank, world_size, micro_batch)
@@ -281,9 +310,8 @@ class GlobalBatches(Iterator[StepBatches]):
     def _load(self, step: int) -> StepBatches:
         first = step * self._global_batch
         rows = clips_at(self._reader.uids, self._reader.seed, first, self._global_batch, self._orders)
-        transitions = int((self._reader.lengths[rows] - 1).sum())
         micro = [self._micro(rows, first, *share) for share in self._shares]
-        return StepBatches(step, self._global_batch, transitions, micro)
+        return StepBatches(step, self._reader.lengths[rows], micro)
 
     def _micro(self, rows: NDArray[np.int64], first: int, offset: int, size: int) -> ClipBatch:
         # A rank with fewer clips still needs a batch for the collectives; a clip of weight 0 keeps shapes ordinary.

@@ -48,9 +48,12 @@ def drop_path_draws(
 
 
 def jump_targets(
-    seed: int, step: int, positions: np.ndarray, lengths: np.ndarray, horizons: int
+    seed: int, step: int, positions: np.ndarray, lengths: np.ndarray, horizons: int, context: int = 1
 ) -> Int[Tensor, " clips"]:
-    """Frame each clip's jump aims at: evenly among the last `horizons` frames, never frame 0."""
+    """Frame each clip's jump aims at: evenly among the last `horizons` frames, none of the first `context`.
+
+    A clip of no more frames than the context has none to aim at; it gets its last frame, and must not be scored.
+    """
     draws = uniform(seed, step, positions, 1, Purpose.JUMP_TARGET)[:, 0]
-    choices = np.minimum(horizons, lengths - 1)
+    choices = np.clip(lengths - context, 1, horizons)
     return torch.from_numpy(lengths - choices + np.floor(draws * choices).astype(np.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ from data_pipeline.manifest import dataset_folder
 from data_pipeline.reader import ClipReader
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, DataError, Problem, UserError
+from hopescale.evaluate import CONTEXT
 from hopescale.metrics.sinks.prometheus import check_endpoint
 from hopescale.metrics.sinks.tensorboard import summary_writer
 from hopescale.parallel.process_group import Launch
@@ -94,12 +95,31 @@ def _shape_problems(config: Config, reader: ClipReader) -> list[Problem]:
         problems.append(
             Problem("model.frames", model.frames, f"the data in {path} has clips of {reader.frames} frames", fix)
         )
-    if config.objective.jump_horizons > reader.frames - 1:
-        rule = f"a clip of {reader.frames} frames has only {reader.frames - 1} frames to jump to"
-        problems.append(
-            Problem("objective.jump_horizons", config.objective.jump_horizons, rule, "set a smaller number")
-        )
-    return problems
+    return [*problems, *_horizon_problems(config, reader.frames)]
+
+
+def _horizon_problems(config: Config, frames: int) -> Iterator[Problem]:
+    """What looks further ahead, in the objective or a phase of its curriculum, than clips of so many frames go."""
+    objective, memory = config.objective, config.model.memory
+    goals, horizons = frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
+    if config.model.can_jump and goals < 1:
+        rule = f"leaves a clip of {frames} frames none to jump to"
+        yield Problem("objective.jump_context", objective.jump_context, rule, "set a smaller number")
+    elif config.model.can_jump and horizons > goals:
+        rule = f"a clip of {frames} frames has only {goals} frames to jump to"
+        yield Problem("objective.jump_horizons", horizons, rule, "set a smaller number, in phases too")
+    context = objective.rollout.context
+    steps = max((stage.rollout.steps for stage in objective.stages if stage.rollout.weight), default=0)
+    if context + steps > frames:
+        rule = f"with rollout.context={context} goes past the {frames} frames of a clip"
+        yield Problem("objective.rollout.steps", steps, rule, "set smaller numbers, in phases too")
+    watch = config.run.early_stop
+    if watch.patience and watch.metric == "skill_context" and frames <= CONTEXT:
+        rule = f"is of the frames after {CONTEXT} true ones, and the clips have {frames}"
+        yield Problem("run.early_stop.metric", watch.metric, rule, "watch another skill")
+    if objective.waits_for_plateau and memory.chunk_size >= frames - 1:
+        rule = f"leaves clips of {frames} frames without a memory write, so no plateau of their surprise is ever seen"
+        yield Problem("model.memory.chunk_size", memory.chunk_size, rule, "lower it, or give the phases a start")
 
 
 def _size_problems(config: Config, launch: Launch, train: ClipReader) -> Iterable[Problem]:
@@ -107,6 +127,10 @@ def _size_problems(config: Config, launch: Launch, train: ClipReader) -> Iterabl
     if batch < launch.world_size:
         rule = f"must be at least one clip for each of {launch.world_size} ranks"
         yield Problem("train.global_batch", batch, rule, "raise it, or start fewer ranks")
+    if config.model.shares_memory_over_batch and launch.world_size > 1:
+        rule = f"lets the clips of a batch share memories, so that it cannot be spread over {launch.world_size} ranks"
+        fix = "start one rank" if config.model.compat != "none" else "start one rank, or set model.memory.scope=clip"
+        yield Problem("model.memory.scope", config.model.memory.scope, rule, fix)
     if train.num_clips < batch:
         rule = f"has only {train.num_clips} training clips, fewer than train.global_batch={batch}"
         yield Problem("data.path", config.data.path, rule, "add clips or lower train.global_batch")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -26,8 +27,9 @@ from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, DataError, Problem, User
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
+from hopescale.model.build import build_predictor
 from hopescale.model.init import initialise
-from hopescale.model.predictor import HopePredictor
+from hopescale.model.teaching import at_step
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups, routing_table
 from hopescale.parallel.activation_checkpointing import recompute_blocks
@@ -48,6 +50,9 @@ from hopescale.trainer import Trainer
 
 # Not __name__: torchrun starts this file as __main__.
 logger = logging.getLogger("hopescale.train")
+
+SECONDS_TO_EXPLAIN = 20.0
+"""How long the other ranks of a node wait for the one that prints what is wrong."""
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -72,6 +77,9 @@ def main(overrides: Sequence[str]) -> int:
             print(describe(error), file=sys.stderr, flush=True)
         if launch.is_first and config is not None and config.run.dir is not None:
             RunFolder(Path(config.run.dir)).refuse(error.exit_code)
+        if launch.local_rank > 0:
+            # The first rank that ends takes the others of its node with it; the one that explains comes first.
+            time.sleep(SECONDS_TO_EXPLAIN)
         return error.exit_code
 
 
@@ -103,7 +111,7 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
             data=stack.enter_context(closing(global_batches(config, launch, data, state))),
             recorder=recorder,
             checkpoints=checkpoints,
-            evaluate=lambda: evaluate(model, config, held_out, device, launch),
+            evaluate=lambda: evaluate(model, config, held_out, device, launch, state.step),
             attempt=attempt,
             state=state,
             device=device,
@@ -140,16 +148,18 @@ def global_batches(config: Config, launch: Launch, data: ClipReader, state: RunS
 
 
 def evaluate(
-    model: nn.Module, config: Config, held_out: ClipReader, device: torch.device, launch: Launch
+    model: nn.Module, config: Config, held_out: ClipReader, device: torch.device, launch: Launch, step: int
 ) -> dict[str, float | None]:
-    """Skills on all held-out clips, shared among the ranks."""
+    """Skills on all held-out clips, shared among the ranks, after `step` optimizer steps."""
     errors = held_out_errors(
-        model,
+        at_step(model, config.model.cms, step),
         held_out,
-        jump_horizons=config.objective.jump_horizons,
+        jump_horizons=config.objective.jump_horizons if config.model.can_jump else 0,
+        jump_context=config.objective.jump_context,
         device=device,
         rank=launch.rank,
         world_size=launch.world_size,
+        shuffled=True,
         guard=Together,
     )
     free_gathered(model)
@@ -158,13 +168,13 @@ def evaluate(
 
 def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Module, M3]:
     """Predictor and optimizer: build, initialise, recompute, shard, then route parameters to groups."""
-    model = HopePredictor(config.model)
+    model = build_predictor(config.model)
     initialise(model, config.train.seed)
     model.to(device)
     recompute_blocks(list(model.blocks), config.parallel.recompute)
     mesh = build_mesh(device, world_size)
     shard_model(model, list(model.blocks), mesh, reshard_after_forward=config.parallel.reshard_after_forward)
-    groups = parameter_groups(model.named_parameters(), config.optimizer)
+    groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
     if dist.get_rank() == 0:
         logger.info("%s", routing_table(groups))
     return model, M3(groups, config.optimizer)
@@ -180,6 +190,9 @@ def resume(
         return RunState(order=order)
     check_same_curve(read_manifest(folder)["config"], to_tree(config))
     state = checkpoints.restore(folder, model, optimizer)
+    if not state.order:
+        # An imported checkpoint has a place in no data yet.
+        state.order = order
     if state.order != order:
         raise DataError(
             Problem(

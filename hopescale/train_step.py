@@ -13,11 +13,13 @@ from hopescale.config.schema import Config
 from hopescale.draws import drop_path_draws, jump_targets
 from hopescale.model.block import MAX_BRANCHES
 from hopescale.model.objective import ClipLosses, clip_losses
-from hopescale.model.titan import MemoryTrace
-from hopescale.optim.m3 import M3
+from hopescale.model.objective_schema import Branch
+from hopescale.model.teaching import at_step
+from hopescale.optim.m3 import M3, Moved
 from hopescale.optim.schedules import rate_factor
+from hopescale.parallel.consolidation import added_changes, consolidate
 from hopescale.parallel.fsdp import reduce_gradients_in_backward
-from hopescale.parallel.gradients import clip_gradients, group_norms
+from hopescale.parallel.gradients import clip_gradients, dead_numbers, group_norms
 
 
 class StepResult(NamedTuple):
@@ -29,6 +31,10 @@ class StepResult(NamedTuple):
     """This rank's share of the step's objective; the sum over ranks is the mean over the global batch."""
     norms: Tensor
     """Norm of the whole gradient of each optimizer group, before clipping."""
+    dead: Tensor | None
+    """Numbers of this rank's pieces of each group that got no gradient; None but on the step of a report."""
+    moved: list[Moved | None]
+    """How far each group moved on its last firing before a report; None on other steps."""
     rate: float
     """Factor on the learning rates."""
     skipped: bool
@@ -36,7 +42,14 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: nn.Module, optimizer: M3, batches: StepBatches, config: Config, *, attempt: int, step: int
+    model: nn.Module,
+    optimizer: M3,
+    batches: StepBatches,
+    config: Config,
+    *,
+    attempt: int,
+    step: int,
+    report_in: int | None = None,
 ) -> StepResult:
     """Train on one global batch.
 
@@ -44,40 +57,46 @@ def train_step(
         model: sharded predictor, in place.
         optimizer: over its parameters, in place.
         batches: this rank's micro-batches, as many as on every other rank.
-        config: of the run.
+        config: of the run, with the objective of its phase.
         attempt: attempted steps so far; random draws depend on it.
-        step: optimizer steps so far; the learning rate depends on it.
+        step: optimizer steps so far; the learning rate depends on it, and how much CMS levels learn within a clip.
+        report_in: steps from this one to the next report of figures that cost passes over parameters; None for none.
     """
     rate = rate_factor(config.optimizer.schedule, step, config.train.steps)
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.lr * group["lr_scale"] * rate
-    losses, objective = [], torch.zeros((), device=batches.micro[0].features.device)
+    losses, changes, objective = [], [], torch.zeros((), device=batches.micro[0].features.device)
     for number, clips in enumerate(batches.micro):
         reduce_gradients_in_backward(model, number == len(batches.micro) - 1)
-        loss = micro_losses(model, clips, config, attempt)
+        loss = micro_losses(at_step(model, config.model.cms, step), clips, config, attempt)
         share = objective_share(loss, batches, config)
         share.backward()
+        changes = added_changes(changes, loss.traces)
         losses.append(detached(loss))
         objective += share.detach()
     norms = group_norms(optimizer.param_groups)
     # The norms are those of the whole gradient, so every rank comes to the same answer.
     skipped = not bool(torch.isfinite(norms).all())
+    dead, moved = dead_numbers(optimizer.param_groups) if report_in == 0 else None, []
     if not skipped:
         clip_gradients(optimizer.param_groups, norms, config.optimizer.clip)
-        optimizer.step()
+        optimizer.step(report_in=report_in)
+        moved = optimizer.moved
+        consolidate(model, changes, batches.num_clips, step)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, objective, norms, rate, skipped)
+    return StepResult(losses, objective, norms, dead, moved, rate, skipped)
 
 
 def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: int) -> ClipLosses:
     """Forward of one micro-batch."""
     seed, device = config.train.seed, clips.features.device
     positions, lengths = clips.positions.numpy(), clips.lengths.numpy()
-    targets = jump_targets(seed, attempt, positions, lengths, config.objective.jump_horizons)
+    horizons, context = config.objective.jump_horizons, config.objective.jump_context
+    targets = jump_targets(seed, attempt, positions, lengths, horizons, context)
     draws = None
     if config.model.drop_path:
         depth = len(config.model.block_pattern)
-        draws = drop_path_draws(seed, attempt, positions, depth, MAX_BRANCHES).to(device)
+        draws = drop_path_draws(seed, attempt, positions, depth, MAX_BRANCHES).to(device, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.parallel.precision == "bf16"):
         return clip_losses(
             model,
@@ -87,18 +106,22 @@ def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: in
             clips.states,
             clips.lengths.to(device, non_blocking=True),
             clips.weights.to(device, non_blocking=True),
-            targets.to(device),
+            targets.to(device, non_blocking=True),
             draws,
+            consolidate=config.model.longterm is not None,
         )
 
 
 def objective_share(loss: ClipLosses, batches: StepBatches, config: Config) -> Tensor:
-    """A micro-batch's part of the global batch's mean: every share is divided by the whole batch's counts."""
-    teacher = config.objective.teacher_weight * loss.teacher / batches.num_transitions
-    return teacher + config.objective.jump_weight * loss.jump / batches.num_clips
+    """A micro-batch's part of the global batch's mean: every branch is divided by the whole batch's count."""
+    weights, scored = config.objective.weights, config.objective.scored
+    sums: dict[Branch, Tensor] = {"teacher": loss.teacher, "jump": loss.jump, "rollout": loss.rollout}
+    # Where no clip of the batch is long enough for a branch, its sum is 0.
+    means = [weights[branch] * total / max(batches.num_frames(*scored[branch]), 1) for branch, total in sums.items()]
+    return torch.stack(means).sum()
 
 
 def detached(loss: ClipLosses) -> ClipLosses:
-    """The same figures without their graph."""
-    traces = tuple(MemoryTrace(*(figure.detach() for figure in trace)) for trace in loss.traces)
-    return ClipLosses(loss.teacher.detach(), loss.jump.detach(), traces)
+    """The same figures without their graph, and without the wide changes of long-term memories."""
+    traces = tuple(trace._replace(longterm=None) for trace in loss.traces)
+    return ClipLosses(loss.teacher.detach(), loss.jump.detach(), loss.rollout.detach(), traces)

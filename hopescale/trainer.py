@@ -11,15 +11,23 @@ from time import time
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.batch import ClipBatch
 from data_pipeline.reader import GlobalBatches, StepBatches
 from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.config.schema import Config
+from hopescale.curriculum import Curriculum
+from hopescale.diagnostics import (
+    record_evaluation,
+    record_flops,
+    record_moves,
+    record_pace,
+    record_parameters,
+    record_traces,
+)
 from hopescale.errors import Diverged, Problem
-from hopescale.evaluate import SKILLS
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.model.objective import ClipLosses
@@ -58,6 +66,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.first_step = self.attempt.step = self.state.step
+        self.curriculum = Curriculum(self.config.objective, self.state.curriculum)
 
     def run(self) -> Outcome:
         """Train until the run or this job ends, with a checkpoint of the last step."""
@@ -68,10 +77,11 @@ class Trainer:
                 continue
             if self.due(self.config.train.eval_every):
                 self.score()
-            if self.due(self.config.checkpoint.every) or self.ending:
-                self.save()
+            # Before saving, so that what a log step lets the curriculum decide is in its checkpoint.
             if self.due(self.config.metrics.every) or self.ending:
                 self.log()
+            if self.due(self.config.checkpoint.every) or self.ending:
+                self.save()
         return "finished" if self.finished else "preempted"
 
     @property
@@ -91,6 +101,13 @@ class Trainer:
         """Whether something done every so many steps is to be done now."""
         return every > 0 and self.state.step % every == 0
 
+    @property
+    def steps_to_log(self) -> int:
+        """Steps from the next one to the first that surely is a log step; 0 where the next one is."""
+        done, stop_after = self.state.step + 1, self.config.train.stop_after
+        ends = [self.config.train.steps] + ([] if stop_after is None else [self.first_step + stop_after])
+        return min(-done % self.config.metrics.every, *(end - done for end in ends))
+
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
         """The next global batch's share of this rank, on its device."""
         with Together(), self.clock.waiting():
@@ -99,13 +116,15 @@ class Trainer:
 
     def step(self, batches: StepBatches) -> StepResult:
         """One optimizer step; one whose gradients are not finite consumes its clips and moves nothing else."""
+        self.curriculum.arrive(self.state.step)
         result = train_step(
             self.model,
             self.optimizer,
             batches,
-            self.config,
+            self.config.model_copy(update={"objective": self.curriculum.objective}),
             attempt=self.state.attempted_steps,
             step=self.state.step,
+            report_in=self.steps_to_log,
         )
         self.clock.step(batches.num_clips)
         if result.skipped:
@@ -130,37 +149,35 @@ class Trainer:
 
     def record(self, result: StepResult, micro: list[ClipBatch]) -> None:
         """Add up the step's figures where they are; nothing is reduced or copied before a log step."""
-        add = self.recorder.add
+        add, objective = self.recorder.add, self.curriculum.objective
         add("loss", result.objective, 1 / self.world_size)
         for clips, losses in zip(micro, result.losses, strict=True):
-            if self.config.objective.teacher_weight:
-                add("loss_teacher", losses.teacher, float((clips.weights * (clips.lengths - 1)).sum()))
-            if self.config.objective.jump_weight:
-                add("loss_jump", losses.jump, float(clips.weights.sum()))
-            self.record_memories(losses, clips.weights)
+            for branch, weight in objective.weights.items():
+                if weight:
+                    add(f"loss_{branch}", getattr(losses, branch), clips.num_frames(*objective.scored[branch]))
+            record_traces(self.recorder, losses.traces, clips, self.config.model)
+            if self.curriculum.awaited is not None and (self.state.step + 1) % self.config.metrics.every == 0:
+                self.record_surprise(losses, clips)
         for group, norm in zip(self.optimizer.param_groups, result.norms, strict=True):
             add("grad_norm", norm, group=group["name"])
         add("grad_norm", result.norms.square().sum().sqrt())
+        record_moves(self.recorder, self.optimizer.param_groups, result.moved)
+        if result.dead is not None:
+            record_parameters(self.recorder, self.optimizer.param_groups, result.dead, self.world_size)
         self.recorder.set("learning_rate", self.config.optimizer.lr * result.rate)
         for group in self.optimizer.param_groups:
             self.recorder.set("learning_rate", group["lr"], group=group["name"])
 
-    def record_memories(self, losses: ClipLosses, weights: Tensor) -> None:
-        """Figures of the memory writes of one micro-batch, over its clips that count."""
-        num_clips, on_device = float(weights.sum()), weights.to(self.device)
+    def record_surprise(self, losses: ClipLosses, clips: ClipBatch) -> None:
+        """Surprise at the true frames of one micro-batch of the log step itself, for the curriculum."""
         for trace in losses.traces:
-            writes = trace.surprise.shape[1]
-            if writes:
-                for name, figure in (
-                    ("memory_surprise", trace.surprise),
-                    ("memory_retention", trace.retention),
-                    ("memory_write_ratio", trace.write_ratio),
-                ):
-                    self.recorder.add(name, figure.sum(dim=1) @ on_device, num_clips * writes)
-                self.recorder.add("memory_fast_norm_ratio", trace.norm_ratio[:, -1] @ on_device, num_clips)
+            first_frames = torch.arange(trace.surprise.shape[1]) * self.config.model.memory.chunk_size
+            counted = clips.weights[:, None] * (first_frames + 1 < clips.lengths[:, None])
+            total = torch.where(counted.to(self.device) > 0, trace.surprise, 0.0).sum()
+            self.recorder.add("curriculum_surprise", total, float(counted.sum()))
 
     def log(self) -> None:
-        """Reduce and publish everything recorded since the last log step."""
+        """Reduce and publish everything recorded since the last log step; the curriculum learns what all ranks know."""
         window = self.clock.take()
         if window is None:
             return
@@ -168,18 +185,26 @@ class Trainer:
         recorder.set("attempted_steps_total", state.attempted_steps)
         recorder.set("skipped_steps_total", state.attempted_steps - state.step)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
+        recorder.set("train_seconds_total", self.clock.total_seconds)
         recorder.record_window(window)
+        objective, frames = self.curriculum.objective, self.data.frames
+        rate, recompute = window.clips_per_second, self.config.parallel.recompute
+        record_flops(recorder, rate, self.config.model, objective, frames, recompute)
+        record_pace(recorder, self.optimizer.param_groups, self.config.model, frames)
         recorder.record_reader(self.data.stats())
         recorder.observe_rank("memory_bytes", _peak_memory_bytes(self.device))
-        recorder.flush(state.step)
+        recorder.set("curriculum_phase", state.curriculum.phase)
+        for branch, weight in self.curriculum.objective.weights.items():
+            recorder.set("objective_weight", weight, kind=branch)
+        figures = recorder.flush(state.step)
+        if "curriculum_surprise" in figures:
+            self.curriculum.see(state.step, figures["curriculum_surprise"])
 
     def score(self) -> None:
         """Evaluate on held-out clips, and count evaluations without a gain."""
         with self.clock.paused():
             skills = self.evaluate()
-            for name in SKILLS:
-                if (skill := skills[name]) is not None:
-                    self.recorder.set("skill", skill, kind=name.removeprefix("skill_"))
+            record_evaluation(self.recorder, skills)
             self.recorder.flush(self.state.step, kind="eval")
         watch = self.config.run.early_stop
         skill, best = skills[watch.metric], self.state.best
@@ -195,6 +220,7 @@ class Trainer:
             self.recorder.set("checkpoint_seconds", time() - began)
             self.recorder.set("last_checkpoint_timestamp_seconds", time())
             self.recorder.set("last_checkpoint_step", self.state.step)
+            self.recorder.flush(self.state.step, kind="checkpoint")
             self.attempt.step = self.state.step
             self.attempt.say("running")
 

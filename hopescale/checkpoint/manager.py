@@ -96,7 +96,9 @@ class CheckpointManager:
             CheckpointError: the checkpoint is of another model or optimizer.
         """
         manifest = read_manifest(folder)
-        load_tensors(folder, contents.tensors(model, optimizer))
+        tensors = contents.tensors(model, optimizer, saved_by=manifest["world_size"])
+        load_tensors(folder, tensors)
+        contents.restore_rows(model, tensors)
         contents.restore_optimizer_steps(optimizer, manifest["optimizer_steps"])
         return RunState.from_json(manifest["state"])
 

@@ -64,8 +64,10 @@ def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:
         ConfigError: all differing fields.
     """
     old, new = _flat(saved), _flat(current)
+    # Log steps are where a curriculum sees whether there is a plateau.
+    curve_fields = {*CURVE_FIELDS, "metrics.every"} if _waits_for_plateau(current) else set(CURVE_FIELDS)
     fields = sorted(
-        name for name in old.keys() | new.keys() if name.split(".")[0] in CURVE_SECTIONS or name in CURVE_FIELDS
+        name for name in old.keys() | new.keys() if name.split(".")[0] in CURVE_SECTIONS or name in curve_fields
     )
     problems = [
         Problem(
@@ -79,6 +81,10 @@ def check_same_curve(saved: dict[str, Any], current: dict[str, Any]) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _waits_for_plateau(config: dict[str, Any]) -> bool:
+    return any(phase["plateau"] is not None for phase in config["objective"]["curriculum"])
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

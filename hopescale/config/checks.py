@@ -8,6 +8,9 @@ from hopescale.errors import Problem
 
 from .schema import Config
 
+MAX_CMS_PERIODS = 8
+"""Each makes up to three optimizer groups, and metrics take 32 (`metrics/recorder.py`)."""
+
 
 def cross_section_problems(config: Config) -> Iterator[Problem]:
     """Every rule between sections that a configuration breaks."""
@@ -19,6 +22,91 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
     if micro_batch is not None and micro_batch > config.train.global_batch:
         rule = f"is larger than train.global_batch={config.train.global_batch}, so it can never be filled"
         yield Problem("train.micro_batch", micro_batch, rule, "lower it")
+    elif micro_batch is not None and micro_batch < config.train.global_batch and config.model.shares_memory_over_batch:
+        rule = f"splits the batch of {config.train.global_batch} clips, which share memories (model.memory.scope=batch)"
+        yield Problem("train.micro_batch", micro_batch, rule, "leave it out, or lower train.global_batch to it")
+    yield from _jump_problems(config)
+    yield from _rollout_problems(config)
+    yield from _plateau_problems(config)
+    yield from _cms_period_problems(config)
+    yield from _recompute_problems(config)
+    yield from _longterm_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
         rule = "is ignored with metrics.listen=off"
         yield Problem("metrics.token_file", config.metrics.token_file, rule, "leave it out, or set metrics.listen=node")
+
+
+def _jump_problems(config: Config) -> Iterator[Problem]:
+    objective, model = config.objective, config.model
+    goals, horizons = model.frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
+    if not model.can_jump:
+        rule = "needs model.temporal_embeddings: without them nothing tells a jump which frame to aim at"
+        fix = "set model.temporal_embeddings=true"
+        weight = max(stage.jump_weight for stage in objective.stages)
+        if weight:
+            yield Problem("objective.jump_weight", weight, rule, f"{fix}, or objective.jump_weight=0")
+        if config.run.early_stop.patience and config.run.early_stop.metric == "skill_jump":
+            yield Problem("run.early_stop.metric", "skill_jump", rule, f"{fix}, or watch another skill")
+    elif goals < 1:
+        rule = f"leaves clips of model.frames={model.frames} frames none to jump to"
+        yield Problem("objective.jump_context", objective.jump_context, rule, "set a smaller number")
+    elif horizons > goals:
+        rule = f"is too many: with model.frames={model.frames} there are only {goals} frames to jump to"
+        yield Problem("objective.jump_horizons", horizons, rule, "set a smaller number, in phases too")
+
+
+def _rollout_problems(config: Config) -> Iterator[Problem]:
+    frames, context = config.model.frames, config.objective.rollout.context
+    steps = max((stage.rollout.steps for stage in config.objective.stages if stage.rollout.weight), default=0)
+    if steps and context + steps > frames:
+        rule = f"with rollout.context={context} goes past the {frames} frames of model.frames"
+        yield Problem("objective.rollout.steps", steps, rule, "set smaller numbers, in phases too")
+
+
+def _plateau_problems(config: Config) -> Iterator[Problem]:
+    every, model = config.metrics.every, config.model
+    waiting = [(number, phase.plateau) for number, phase in enumerate(config.objective.curriculum) if phase.plateau]
+    for number, plateau in waiting:
+        if plateau.patience % every:
+            field = f"objective.curriculum.{number}.plateau.patience"
+            rule = f"must be a multiple of metrics.every={every}, the steps at which all ranks learn the surprise"
+            yield Problem(field, plateau.patience, rule, "change one of them")
+    if waiting and not (model.memory.self_modify and {"H", "U"} & set(model.block_pattern)):
+        rule = "writes no memory whose surprise could reach the plateau that objective.curriculum waits for"
+        fix = "put an H block into it and a memory into model.memory.self_modify, or give the phase a start"
+        yield Problem("model.block_pattern", "-".join(model.block_pattern), rule, fix)
+
+
+def _cms_period_problems(config: Config) -> Iterator[Problem]:
+    periods, group = config.model.cms.parameter_periods, config.optimizer.groups.cms.period
+    if periods and group != 1:
+        rule = "is ignored with model.cms.mode=param_period, where each level's own period counts"
+        yield Problem("optimizer.groups.cms.period", group, rule, "leave it out, or set model.cms.mode=frame_mask")
+    distinct = len(set(periods.values()) - {1})
+    if distinct > MAX_CMS_PERIODS:
+        rule = f"with mode=param_period may have at most {MAX_CMS_PERIODS} different periods above 1"
+        yield Problem("model.cms.levels", f"{distinct} periods", rule, "let levels share a period")
+
+
+def _longterm_problems(config: Config) -> Iterator[Problem]:
+    if config.model.longterm is not None and not any(stage.teacher_weight for stage in config.objective.stages):
+        rule = "carries over what the teacher branch leaves in memories, and that has no weight in any phase"
+        fix = "leave model.longterm out, or set objective.teacher_weight above 0"
+        yield Problem("model.longterm", config.model.longterm, rule, fix)
+
+
+def _recompute_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if config.parallel.recompute != "chunk":
+        return
+    pattern = "-".join(model.block_pattern)
+    reasons = (
+        (not {"H", "U"} & set(model.block_pattern), f"model.block_pattern={pattern} has no block with a memory"),
+        (model.memory.chunk_rule == "scan", "model.memory.chunk_rule=scan computes all chunks at once"),
+        (not model.memory.self_modify, "model.memory.self_modify=[] writes no chunk"),
+    )
+    for holds, reason in reasons:
+        if holds:
+            rule = f"would recompute nothing: {reason}"
+            yield Problem("parallel.recompute", "chunk", rule, "set parallel.recompute to block or none")
+            return

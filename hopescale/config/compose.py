@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
@@ -196,6 +197,8 @@ def _fields_at(path: list[str]) -> Iterator[str]:
         else:
             info = getattr(model, "model_fields", {}).get(part)
             model = info.annotation if info is not None else None
+            if isinstance(model, UnionType):  # an optional section
+                model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), None)
     yield from getattr(model, "model_fields", {})
 
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from data_pipeline.schema import DataConfig
 from hopescale.checkpoint.schema import CheckpointConfig
 from hopescale.metrics.schema import MetricsConfig
-from hopescale.model.schema import ModelConfig, ObjectiveConfig
+from hopescale.model.objective_schema import ObjectiveConfig
+from hopescale.model.schema import ModelConfig
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.schema import ParallelConfig
 
@@ -21,7 +22,7 @@ class EarlyStopConfig(BaseModel):
 
     model_config = SECTION
 
-    metric: Literal["skill_one_step", "skill_far", "skill_jump"] = "skill_far"
+    metric: Literal["skill_one_step", "skill_far", "skill_jump", "skill_context"] = "skill_far"
     """Skill that is watched, higher is better."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Evaluations without a gain after which the run ends; 0 never ends it early."""

@@ -9,29 +9,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .ahead import jump, roll_out
+from .objective_schema import ObjectiveConfig
 from .predictor import normalise
-from .schema import ObjectiveConfig
 from .titan import MemoryTrace
 
 
 class ClipLosses(NamedTuple):
-    """Weighted sums over the clips of one micro-batch."""
+    """Weighted sums over the clips of one micro-batch; 0 for a branch that is not run."""
 
     teacher: Float[Tensor, ""]
     """Sum over transitions of the mean error of a predicted frame."""
     jump: Float[Tensor, ""]
     """Sum over clips of the mean error of the jump's target frame."""
+    rollout: Float[Tensor, ""]
+    """Sum over frames predicted from predictions of their mean error."""
     traces: tuple[MemoryTrace, ...]
+    """Figures of the memory writes of the teacher branch."""
 
 
-def distance(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Mean distance over the last two dims (patches, channels), one number a frame."""
+def distance(prediction: Tensor, target: Tensor, loss: str, delta: float = 1.0) -> Tensor:
+    """Mean distance over the last two dims (patches, channels), one number a frame; `delta` is huber's knee."""
     if loss == "l1":
         error = (prediction - target).abs()
     elif loss == "l2":
         error = (prediction - target).square()
     else:
-        error = F.huber_loss(prediction, target, reduction="none")
+        error = F.huber_loss(prediction, target, reduction="none", delta=delta)
     return error.mean(dim=(-2, -1))
 
 
@@ -45,8 +49,13 @@ def clip_losses(
     weights: Float[Tensor, " batch"],
     jump_target: Int[Tensor, " batch"],
     draws: Float[Tensor, "batch blocks branches"] | None,
+    *,
+    consolidate: bool = False,
 ) -> ClipLosses:
     """Run every branch of the objective, each from a fresh memory state.
+
+    A sum is to be divided by the number of frames its branch scores in the whole global batch: those of
+    `config.scored` that are valid.
 
     Args:
         predictor: maps frames and actions to a `Prediction`.
@@ -56,22 +65,40 @@ def clip_losses(
         states: the frames' states, if the model takes them.
         lengths: stored frames of each clip that are valid; later ones are padding.
         weights: 0 for a clip that only fills up a micro-batch, else 1.
-        jump_target: number of the frame each clip's jump predicts, 1 .. length - 1.
-        draws: uniform numbers for drop-path; teacher and jump of a clip drop the same branches.
+        jump_target: number of the frame each clip's jump predicts, jump_context .. length - 1; a clip too short for
+            any is not scored.
+        draws: uniform numbers for drop-path; all branches of a clip drop the same.
+        consolidate: let the traces hold by how much the clips of weight 1 changed long-term memories.
+
+    Raises:
+        ValueError: the clips have fewer frames than the rollout.
     """
     truth = normalise(features)
     zero = truth.new_zeros(())
-    teacher, jump, traces = zero, zero, ()
+
+    def scored(predicted: Tensor, goal: Tensor, first: int) -> Tensor:
+        """Sum of the errors of frames first, first + 1, ... of the clips that have them."""
+        error = distance(predicted, goal, config.loss, config.huber_delta)
+        valid = torch.arange(first, first + error.shape[1], device=error.device) < lengths[:, None]
+        return (torch.where(valid, error, 0.0) * weights[:, None]).sum()
+
+    teacher, jumped, rolled, traces = zero, zero, zero, ()
     if config.teacher_weight:
         past_states = None if states is None else states[:, :-1]
-        prediction = predictor(features[:, :-1], actions, past_states, draws=draws)
-        error = distance(prediction.frames, truth[:, 1:], config.loss)
-        valid = torch.arange(1, truth.shape[1], device=truth.device) < lengths[:, None]
-        teacher = (torch.where(valid, error, 0.0) * weights[:, None]).sum()
-        traces = prediction.traces
+        real = torch.arange(1, truth.shape[1], device=truth.device) < lengths[:, None]
+        more = {"consolidate": real * weights[:, None]} if consolidate else {}
+        prediction = predictor(features[:, :-1], actions, past_states, draws=draws, **more)
+        teacher, traces = scored(prediction.frames, truth[:, 1:], 1), prediction.traces
     if config.jump_weight:
-        first_state = None if states is None else states[:, :1]
-        prediction = predictor(features[:, :1], actions[:, :1], first_state, target=jump_target, draws=draws)
+        context = config.jump_context
+        predicted = jump(predictor, features, actions, states, [jump_target], context=context, draws=draws)
         goal = truth[torch.arange(len(truth), device=truth.device), jump_target]
-        jump = (distance(prediction.frames[:, 0], goal, config.loss) * weights).sum()
-    return ClipLosses(teacher, jump, traces)
+        jumped = scored(predicted, goal.unsqueeze(1), context)
+    if config.rollout.weight:
+        context, steps = config.rollout.context, config.rollout.steps
+        reset_every = config.rollout.reset_every
+        predicted = roll_out(
+            predictor, features, actions, states, context=context, steps=steps, reset_every=reset_every, draws=draws
+        )
+        rolled = scored(predicted, truth[:, context : context + steps], context)
+    return ClipLosses(teacher, jumped, rolled, traces)

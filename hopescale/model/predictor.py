@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block import BlockState, build_block
+from .precision import at_least_fp32
 from .schema import ModelConfig
+from .teaching import awaiting, joined, taught
 from .titan import MemoryTrace
 
 FEATURE_NORM_EPS = 1e-6
@@ -25,12 +27,12 @@ class Prediction(NamedTuple):
     state: tuple[BlockState, ...] | None
     """What the blocks carry on to the next frames, one entry a block; None unless kept."""
     traces: tuple[MemoryTrace, ...]
-    """Figures of the memory writes, one entry an H block."""
+    """Figures of the memory writes, one entry an H or U block."""
 
 
 def normalise(features: Float[Tensor, "*lead channels"]) -> Float[Tensor, "*lead channels"]:
-    """LayerNorm over channels without parameters, in fp32: the scale on which errors are measured."""
-    return F.layer_norm(features.float(), features.shape[-1:], eps=FEATURE_NORM_EPS)
+    """LayerNorm over channels without parameters, in fp32 or wider: the scale on which errors are measured."""
+    return F.layer_norm(at_least_fp32(features), features.shape[-1:], eps=FEATURE_NORM_EPS)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "patches width"]:
@@ -61,8 +63,10 @@ class HopePredictor(nn.Module):
         self.register_buffer("patch_position", table, persistent=False)
         self.action_encoder = nn.Linear(config.action_dim, width)
         self.state_encoder = nn.Linear(config.state_dim, width) if config.state_dim else None
-        self.frame_position = nn.Embedding(config.frames + 2, width)
-        self.target_position = nn.Embedding(config.frames + 2, width)
+        self.extrinsics_encoder = nn.Linear(config.extrinsics_dim, width) if config.extrinsics_dim else None
+        positions = config.max_frames if config.temporal_embeddings else 0
+        self.frame_position = nn.Embedding(positions, width) if positions else None
+        self.target_position = nn.Embedding(positions, width) if positions else None
         depth = len(config.block_pattern)
         rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -77,12 +81,15 @@ class HopePredictor(nn.Module):
         actions: Float[Tensor, "batch frames action"],
         states: Float[Tensor, "batch frames state"] | None = None,
         *,
+        extrinsics: Float[Tensor, "batch frames numbers"] | None = None,
         target: Int[Tensor, " batch"] | None = None,
         state: tuple[BlockState, ...] | None = None,
         frame_offset: int = 0,
         draws: Float[Tensor, "batch blocks branches"] | None = None,
         writes: bool = True,
         keep_state: bool = False,
+        teach_factor: float = 1.0,
+        consolidate: Float[Tensor, "batch frames"] | None = None,
     ) -> Prediction:
         """Predict from consecutive frames of each clip.
 
@@ -90,19 +97,68 @@ class HopePredictor(nn.Module):
             features: the frames' embeddings, on any scale.
             actions: action t acts between frame t and frame t + 1.
             states: the frames' states; needed when `model.state_dim` > 0.
+            extrinsics: of the frames' cameras, where `model.extrinsics_dim` > 0; None counts as zeros.
             target: number of the frame to jump to, one a clip; None predicts the next frame of every frame.
             state: what an earlier pass over the frames before returned; None for the start of a clip.
             frame_offset: number in the clip of the first given frame.
             draws: uniform numbers in [0, 1) for drop-path; None drops nothing.
             writes: False lets the memories be read only.
             keep_state: return the state after the last frame.
+            teach_factor: on the teach scales of CMS levels that learn within a clip; it changes nothing for others.
+            consolidate: weights of frames in the changes of long-term memories that the traces then hold: 0 for frames
+                past the end of a clip, and for clips that do not count. None leaves the changes out.
 
         Raises:
-            ValueError: a tensor whose shape is not what the configuration says.
+            ValueError: a tensor whose shape is not what the configuration says, or that the model has no use for.
         """
-        self._check(features, actions, states, frame_offset)
+        check_input(self.config, features, actions, states, extrinsics, target, frame_offset)
         newest = normalise(features)
-        x = self._tokens(newest, actions, states, target, frame_offset)
+        x = self._tokens(newest, actions, states, extrinsics, target, frame_offset)
+        if self.config.cms.mode == "online":
+            awaits, teach_factor = target is None, teach_factor * writes
+            return self._frame_by_frame(
+                newest, x, state, frame_offset, draws, writes, keep_state, consolidate, awaits, teach_factor
+            )
+        return self._pass(newest, x, state, frame_offset, draws, writes, keep_state, consolidate)
+
+    def _frame_by_frame(
+        self,
+        newest: Float[Tensor, "batch frames patches channels"],
+        x: Float[Tensor, "batch frames tokens width"],
+        state: tuple[BlockState, ...] | None,
+        frame_offset: int,
+        draws: Float[Tensor, "batch blocks branches"] | None,
+        writes: bool,
+        keep_state: bool,
+        consolidate: Float[Tensor, "batch frames"] | None,
+        awaits: bool,
+        teach_factor: float,
+    ) -> Prediction:
+        """One pass a frame, each with what the frame before it taught; `awaits` whether the next frame is predicted."""
+        clip, frames, traces = self.config.cms.online.teach_clip, [], []
+        for t in range(newest.shape[1]):
+            now = slice(t, t + 1)
+            if state is not None:
+                state = taught(state, newest[:, now], self.project.weight, clip, teach_factor)
+            more = keep_state or t + 1 < newest.shape[1]
+            counted = None if consolidate is None else consolidate[:, now]
+            passed = self._pass(newest[:, now], x[:, now], state, frame_offset + t, draws, writes, more, counted)
+            state = awaiting(passed.state, passed.frames) if passed.state and awaits else passed.state
+            frames.append(passed.frames)
+            traces.append(passed.traces)
+        return Prediction(torch.cat(frames, dim=1), state, tuple(joined(block) for block in zip(*traces, strict=True)))
+
+    def _pass(
+        self,
+        newest: Float[Tensor, "batch frames patches channels"],
+        x: Float[Tensor, "batch frames tokens width"],
+        state: tuple[BlockState, ...] | None,
+        frame_offset: int,
+        draws: Float[Tensor, "batch blocks branches"] | None,
+        writes: bool,
+        keep_state: bool,
+        consolidate: Float[Tensor, "batch frames"] | None,
+    ) -> Prediction:
         kept, traces = [], []
         for number, block in enumerate(self.blocks):
             x, block_state, trace = block(
@@ -112,11 +168,12 @@ class HopePredictor(nn.Module):
                 frame_offset=frame_offset,
                 writes=writes,
                 keep_state=keep_state,
+                consolidate=consolidate,
             )
             kept.append(block_state)
             if trace is not None:
                 traces.append(trace)
-        predicted = self.project(self.norm(x[:, :, self.config.num_conditioning :])).float()
+        predicted = at_least_fp32(self.project(self.norm(x[:, :, self.config.num_conditioning :])))
         if self.config.output == "residual":
             predicted = newest + predicted
         return Prediction(normalise(predicted), tuple(kept) if keep_state else None, tuple(traces))
@@ -126,33 +183,61 @@ class HopePredictor(nn.Module):
         newest: Float[Tensor, "batch frames patches channels"],
         actions: Float[Tensor, "batch frames action"],
         states: Float[Tensor, "batch frames state"] | None,
+        extrinsics: Float[Tensor, "batch frames numbers"] | None,
         target: Int[Tensor, " batch"] | None,
         frame_offset: int,
     ) -> Float[Tensor, "batch frames tokens width"]:
         conditioning = [self.action_encoder(actions)]
         if self.state_encoder is not None and states is not None:
             conditioning.append(self.state_encoder(states))
-        place = self.frame_position.weight[frame_offset : frame_offset + newest.shape[1]]
-        patches = self.embed(newest) + torch.stack(conditioning).sum(0).unsqueeze(2)
+        added = torch.stack(conditioning).sum(0)
+        if self.extrinsics_encoder is not None:
+            if extrinsics is None:
+                extrinsics = actions.new_zeros(*actions.shape[:2], self.config.extrinsics_dim)
+            added = added + self.extrinsics_encoder(extrinsics)
+        patches = self.embed(newest) + added.unsqueeze(2)
         if self.patch_position is not None:
             patches = patches + self.patch_position
-        tokens = torch.cat([*(c.unsqueeze(2) for c in conditioning), patches], dim=2) + place[:, None]
-        if target is not None:
+        tokens = torch.cat([*(c.unsqueeze(2) for c in conditioning), patches], dim=2)
+        if self.frame_position is not None:
+            tokens = tokens + self.frame_position.weight[frame_offset : frame_offset + newest.shape[1], None]
+        if self.target_position is not None and target is not None:
             tokens = tokens + self.target_position(target)[:, None, None]
         return tokens
 
-    def _check(self, features: Tensor, actions: Tensor, states: Tensor | None, frame_offset: int) -> None:
-        config, shape = self.config, features.shape
-        if features.ndim != 4 or shape[2:] != (config.num_patches, config.encoder_dim):
-            raise ValueError(
-                f"features have shape {tuple(shape)}; the model takes [batch, frames, {config.num_patches} patches, "
-                f"{config.encoder_dim} channels]"
-            )
-        last, longest = frame_offset + shape[1], self.frame_position.num_embeddings
-        if last > longest:
-            raise ValueError(f"frames up to number {last - 1} are given; model.frames={config.frames} allows {longest}")
-        if actions.shape != (*shape[:2], config.action_dim):
-            raise ValueError(f"actions have shape {tuple(actions.shape)}; expected {(*shape[:2], config.action_dim)}")
-        if config.state_dim and (states is None or states.shape != (*shape[:2], config.state_dim)):
-            given = None if states is None else tuple(states.shape)
-            raise ValueError(f"states have shape {given}; expected {(*shape[:2], config.state_dim)}")
+
+def check_input(
+    config: ModelConfig,
+    features: Tensor,
+    actions: Tensor,
+    states: Tensor | None,
+    extrinsics: Tensor | None,
+    target: Tensor | None,
+    frame_offset: int,
+) -> None:
+    """Refuse tensors that do not fit the configuration.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    shape = features.shape
+    if features.ndim != 4 or shape[2:] != (config.num_patches, config.encoder_dim):
+        raise ValueError(
+            f"features have shape {tuple(shape)}; the model takes [batch, frames, {config.num_patches} patches, "
+            f"{config.encoder_dim} channels]"
+        )
+    last, longest = frame_offset + shape[1], config.max_frames
+    if last > longest:
+        raise ValueError(f"frames up to number {last - 1} are given; model.frames={config.frames} allows {longest}")
+    if actions.shape != (*shape[:2], config.action_dim):
+        raise ValueError(f"actions have shape {tuple(actions.shape)}; expected {(*shape[:2], config.action_dim)}")
+    if config.state_dim and (states is None or states.shape != (*shape[:2], config.state_dim)):
+        given = None if states is None else tuple(states.shape)
+        raise ValueError(f"states have shape {given}; expected {(*shape[:2], config.state_dim)}")
+    if extrinsics is not None and extrinsics.shape != (*shape[:2], config.extrinsics_dim):
+        raise ValueError(
+            f"extrinsics have shape {tuple(extrinsics.shape)}; expected {(*shape[:2], config.extrinsics_dim)}, "
+            "none at all for model.extrinsics_dim=0"
+        )
+    if target is not None and not config.can_jump:
+        raise ValueError("a jump has no target to aim at with model.temporal_embeddings=false")

@@ -38,6 +38,8 @@ OVERRIDES = [
     "model.attention.heads=2",
     "model.spatial_mixing=true",
     "objective.jump_horizons=2",
+    "objective.jump_context=2",
+    "objective.rollout={weight: 0.5, context: 2, steps: 3}",
     f"train.global_batch={GLOBAL_BATCH}",
     "train.micro_batch=2",
     f"train.steps={NUM_STEPS}",
@@ -73,7 +75,7 @@ def batches(config: Config, step: int, rank: int, world_size: int) -> StepBatche
         batch = clips(config, step * GLOBAL_BATCH + offset, max(count, 1))
         micro.append(batch if count else batch.without_weight())
     lengths = clips(config, step * GLOBAL_BATCH, GLOBAL_BATCH).lengths
-    return StepBatches(step, GLOBAL_BATCH, int((lengths - 1).sum()), micro)
+    return StepBatches(step, lengths.numpy(), micro)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -98,21 +98,25 @@ def test_drop_path_has_a_draw_for_every_branch_of_every_block() -> None:
     step=steps,
     clips=st.lists(st.tuples(st.integers(0, 2**62), st.integers(2, 12)), min_size=1, max_size=8),
     horizons=st.integers(1, 12),
+    context=st.integers(1, 6),
 )
-def test_jump_targets_are_among_the_last_frames_and_never_the_first(
-    seed: int, step: int, clips: list[tuple[int, int]], horizons: int
+def test_jump_targets_are_among_the_last_frames_and_never_in_the_context(
+    seed: int, step: int, clips: list[tuple[int, int]], horizons: int, context: int
 ) -> None:
     lengths = np.array([length for _, length in clips], np.int64)
-    targets = jump_targets(seed, step, positions([place for place, _ in clips]), lengths, horizons).numpy()
+    targets = jump_targets(seed, step, positions([place for place, _ in clips]), lengths, horizons, context).numpy()
     assert targets.dtype == np.int64
-    assert (targets >= 1).all()
+    assert (targets >= np.minimum(context, lengths - 1)).all()
     assert (targets >= lengths - horizons).all()
     assert (targets <= lengths - 1).all()
 
 
-@pytest.mark.parametrize(("length", "horizons", "expected"), [(8, 3, {5, 6, 7}), (4, 9, {1, 2, 3}), (2, 3, {1})])
-def test_jump_targets_are_drawn_evenly(length: int, horizons: int, expected: set[int]) -> None:
-    targets = jump_targets(0, 0, np.arange(3000), np.full(3000, length), horizons).tolist()
+@pytest.mark.parametrize(
+    ("length", "horizons", "context", "expected"),
+    [(8, 3, 1, {5, 6, 7}), (4, 9, 1, {1, 2, 3}), (2, 3, 1, {1}), (8, 3, 6, {6, 7}), (5, 4, 4, {4}), (4, 3, 4, {3})],
+)
+def test_jump_targets_are_drawn_evenly(length: int, horizons: int, context: int, expected: set[int]) -> None:
+    targets = jump_targets(0, 0, np.arange(3000), np.full(3000, length), horizons, context).tolist()
     assert set(targets) == expected
     share = 3000 / len(expected)
     assert all(abs(targets.count(target) - share) < 150 for target in expected)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 from torch import nn
 
 from hopescale.checkpoint.contents import RunState, optimizer_steps, restore_optimizer_steps, tensors
+from hopescale.curriculum import Progress
 from hopescale.optim.m3 import M3
 
 
@@ -36,8 +38,11 @@ def test_steps_of_the_optimizer_come_back(trained: Callable[[int], tuple[nn.Modu
 
 
 def test_run_state_survives_json() -> None:
-    state = RunState(step=3, attempted_steps=5, best=0.25, evaluations_without_gain=1, order={"seed": 7})
-    assert RunState.from_json(state.to_json()) == state
+    progress = Progress(phase=2, window_began=4, window_sum=0.1 + 0.2, window_count=2, mean_before=1 / 3)
+    state = RunState(
+        step=3, attempted_steps=5, best=0.25, evaluations_without_gain=1, curriculum=progress, order={"seed": 7}
+    )
+    assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
 @pytest.mark.parametrize("change", [{"surplus": 1}, {"step": None}])

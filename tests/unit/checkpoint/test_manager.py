@@ -12,6 +12,7 @@ from hopescale.checkpoint.manager import CheckpointManager, committed, step_fold
 from hopescale.checkpoint.manifest import verify
 from hopescale.errors import CheckpointError, UserError
 from hopescale.optim.m3 import M3
+from hopescale.optim.schema import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -55,6 +56,32 @@ def test_training_goes_on_bit_equal_after_a_restore(tmp_path: Path, trained: Tra
         optimizer.step()
         resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["m3", "adamw"])
+def test_gradients_that_wait_for_a_slow_group_survive_a_restore(tmp_path: Path, algorithm: str) -> None:
+    def built() -> tuple[nn.Module, M3]:
+        model = nn.Linear(6, 8, bias=False)
+        nn.init.zeros_(model.weight)
+        group = {"name": "slow", "params": [model.weight], "param_names": ["weight"], "period": 4}
+        return model, M3([{**group, "algorithm": algorithm}], OptimizerConfig())
+
+    def train(model: nn.Module, optimizer: M3, steps: range) -> None:
+        for step in steps:
+            model.weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    manager = CheckpointManager(tmp_path, keep=2, config={})
+    whole, restored = built(), built()
+    train(*whole, range(6))
+    folder = manager.save(*whole, RunState(step=6))
+    manager.restore(folder, *restored)
+    assert tensors(*restored)["optimizer/weight/period_sum"].any()
+    assert optimizer_steps(restored[1]) == {"slow": 6}
+    for pair in (whole, restored):
+        train(*pair, range(6, 13))
+    expected = tensors(*whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(*restored).items())
 
 
 def test_the_newest_are_kept(tmp_path: Path, trained: Trained) -> None:

@@ -123,6 +123,16 @@ def test_what_shapes_the_curve_must_not(path: str, value: Any) -> None:
     assert (problem.field, problem.value) == (path, value)
 
 
+def test_log_steps_shape_the_curve_where_a_plateau_is_waited_for() -> None:
+    check_same_curve(to_tree(Config()), changed("metrics.every", 7))
+    phase = {"start": None, "plateau": {"patience": 70}, "jump_weight": 0.0}
+    saved, current = changed("objective.curriculum", [phase]), changed("metrics.every", 7)
+    current["objective"] = saved["objective"]
+    with pytest.raises(ConfigError) as caught:
+        check_same_curve(saved, current)
+    assert [problem.field for problem in caught.value.problems] == ["metrics.every"]
+
+
 def test_all_differences_are_named_at_once() -> None:
     other = changed("train.seed", 5)
     other["model"]["width"] = 64

@@ -71,8 +71,11 @@ def test_every_world_size_sees_the_same_clips_in_each_step(
         for rank in range(world)
     ]
     assert {len(part.micro) for part in parts} == {len(parts[0].micro)}
-    assert {(part.num_clips, part.num_transitions) for part in parts} == {(total, whole.num_transitions)}
-    assert whole.num_transitions == int((whole.micro[0].lengths - 1).sum())
+    assert all(part.num_clips == total for part in parts)
+    for first, end in ((0, None), (1, None), (4, 5), (2, 4)):
+        expected = sum(len(range(length)[first:end]) for length in whole.micro[0].lengths.tolist())
+        assert {part.num_frames(first, end) for part in parts} == {expected}
+        assert sum(batch.num_frames(first, end) for part in parts for batch in part.micro) == expected
     assert [pair for part in parts for pair in _real(part.micro)] == _real(whole.micro)
     joined = torch.cat([batch.features[batch.weights > 0] for part in parts for batch in part.micro])
     assert torch.equal(joined, whole.micro[0].features)
@@ -107,6 +110,18 @@ def test_view_and_frames_restrict_what_is_read(dataset: Path) -> None:
     assert batch.actions.shape == (1, 2, 2)
     assert torch.equal(batch.features[0], whole.read(np.array([whole.keys.index(part.keys[2])])).features[0, :3])
     assert part.fingerprint() != whole.fingerprint()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_actions_can_be_read_alone(dataset: Path, data: st.DataObject) -> None:
+    frames = data.draw(st.sampled_from([None, 2, 3]))
+    reader = ClipReader(dataset, DataConfig(frames=frames), split="heldout", seed=0)
+    rows = np.array(data.draw(st.lists(st.integers(0, reader.num_clips - 1), min_size=1, max_size=5)))
+    alone, bytes_read = reader.read_actions(rows), reader.stats().bytes_read
+    assert torch.equal(alone, reader.read(rows).actions)
+    assert bytes_read < (reader.stats().bytes_read - bytes_read) / 2
+    reader.close()
 
 
 @pytest.mark.parametrize("field", ["features", "actions", "states"])

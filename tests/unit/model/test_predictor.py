@@ -11,18 +11,13 @@ from torch import Tensor, nn
 from hopescale.model import init
 from hopescale.model.block import AttentionBlock, HopeBlock, build_block, drop_path
 from hopescale.model.init import initialise
-from hopescale.model.objective import clip_losses
 from hopescale.model.predictor import HopePredictor, normalise, sincos_positions
-from hopescale.model.schema import ModelConfig, ObjectiveConfig
-from hopescale.optim.m3 import M3
-from hopescale.optim.routing import parameter_groups
-from hopescale.optim.schema import OptimizerConfig
+from hopescale.model.schema import ModelConfig
 
 Build = Callable[..., HopePredictor]
 Draw = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 NAMES: tuple[str, ...] = ("features", "actions", "states")
-PATTERNS = ["H", "S", "T", "SHS", "HTH", "STHSH"]
 
 
 def count(module: nn.Module) -> int:
@@ -35,88 +30,12 @@ def initialised(config: ModelConfig, seed: int = 0) -> HopePredictor:
     return model
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("changed", ["features", "actions", "states"])
-def test_a_frame_changes_no_earlier_output(
-    small_predictor: Build, small_input: Draw, pattern: str, changed: str
-) -> None:
-    model, given = small_predictor(block_pattern=tuple(pattern)), dict(zip(NAMES, small_input(), strict=True))
-    before = model(**given).frames
-    for t in range(4):
-        given[changed] = given[changed].clone()
-        given[changed][:, t] += torch.linspace(-1, 1, given[changed].shape[-1])
-        after = model(**given).frames
-        assert torch.equal(after[:, :t], before[:, :t])
-        assert (after[:, t] != before[:, t]).flatten(1).any(dim=1).all()
-        before = after
-
-
-@pytest.mark.parametrize("pattern", ["SHS", "T", "H"])
-def test_later_outputs_remember_an_earlier_frame(small_predictor: Build, small_input: Draw, pattern: str) -> None:
-    model, (features, actions, states) = small_predictor(block_pattern=tuple(pattern)), small_input()
-    other = features.clone()
-    other[:, 0] = -other[:, 0]
-    assert (model(features, actions, states).frames != model(other, actions, states).frames)[:, 1:].any()
-
-
-def test_attention_within_frames_alone_has_no_memory(small_predictor: Build, small_input: Draw) -> None:
-    model, (features, actions, states) = small_predictor(block_pattern=("S", "S")), small_input()
-    other = features.clone()
-    other[:, 0] = -other[:, 0]
-    assert torch.equal(model(features, actions, states).frames[:, 1:], model(other, actions, states).frames[:, 1:])
-
-
-@pytest.mark.parametrize("jump", [False, True])
-@pytest.mark.parametrize("pattern", ["H", "S"])
-def test_an_action_reaches_every_patch_of_its_frame(
-    small_config: Callable[..., ModelConfig], small_input: Draw, pattern: str, jump: bool
-) -> None:
-    # Freshly initialised, without mixing over tokens: nothing but the addition to patches carries the action there.
-    model = initialised(small_config(block_pattern=tuple(pattern), spatial_mixing=False))
-    features, actions, states = small_input(frames=1)
-    target = torch.tensor([3, 4]) if jump else None
-    before = model(features, actions, states, target=target).frames
-    after = model(features, actions + 1, states, target=target).frames
-    assert (before != after).any(dim=-1).all()
-
-
 def test_jump_targets_give_different_predictions(small_predictor: Build, small_input: Draw) -> None:
     model, (features, actions, states) = small_predictor(), small_input(frames=1)
     near = model(features, actions, states, target=torch.tensor([1, 1])).frames
     mixed = model(features, actions, states, target=torch.tensor([1, 4])).frames
     torch.testing.assert_close(mixed[0], near[0])
     assert not torch.allclose(mixed[1], near[1], atol=1e-3)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_frame_by_frame_with_carried_state_equals_one_pass(
-    small_predictor: Build, small_input: Draw, pattern: str
-) -> None:
-    model, (features, actions, states) = small_predictor(block_pattern=tuple(pattern)), small_input(frames=5)
-    state, predicted = None, []
-    for t in range(5):
-        now = slice(t, t + 1)
-        step = model(features[:, now], actions[:, now], states[:, now], state=state, frame_offset=t, keep_state=True)
-        predicted.append(step.frames)
-        state = step.state
-    whole = model(features, actions, states)
-    torch.testing.assert_close(torch.cat(predicted, dim=1), whole.frames, rtol=1e-4, atol=1e-5)
-    assert whole.state is None
-
-
-def test_a_pass_leaves_nothing_behind(small_predictor: Build, small_input: Draw) -> None:
-    model, given = small_predictor(), small_input()
-    first = model(*given).frames
-    model(*small_input(seed=9), keep_state=True)
-    assert torch.equal(model(*given).frames, first)
-
-
-def test_clips_do_not_depend_on_their_batch(small_predictor: Build, small_input: Draw) -> None:
-    model, given = small_predictor(), small_input(batch=4)
-    whole = model(*given).frames
-    order = torch.tensor([3, 1, 0, 2])
-    torch.testing.assert_close(model(*(g[order] for g in given)).frames, whole[order], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(*(g[:1] for g in given)).frames, whole[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_predictions_are_layer_normalised_and_ignore_the_scale_of_features(
@@ -126,42 +45,6 @@ def test_predictions_are_layer_normalised_and_ignore_the_scale_of_features(
     predicted = model(features, actions, states).frames
     torch.testing.assert_close(predicted, normalise(predicted), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(model(5 * features + 2, actions, states).frames, predicted, rtol=1e-3, atol=1e-4)
-
-
-def test_every_trainable_parameter_has_a_gradient_by_the_second_step(
-    small_config: Callable[..., ModelConfig], small_input: Draw
-) -> None:
-    model = initialised(small_config(block_pattern=("S", "H", "T", "H"), frames=4, drop_path=0.0))
-    config = OptimizerConfig.model_validate({"lr": 1e-3})
-    optimizer = M3(parameter_groups(model.named_parameters(), config), config)
-    features, _, states = small_input()
-    actions = small_input(frames=3)[1]
-    target = torch.tensor([1, 3])
-    for step in range(2):
-        loss = clip_losses(
-            model,
-            ObjectiveConfig(),
-            features,
-            actions,
-            states,
-            torch.tensor([4, 4]),
-            torch.ones(2),
-            target,
-            None,
-        )
-        (loss.teacher + loss.jump).backward()
-        if step == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == []
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    for name, gradient in gradients.items():
-        if gradient is not None and ("memory.w" in name or "memory.norm_" in name):
-            assert gradient.flatten(1).any(dim=1).all(), f"{name}: one of the five memories learns nothing"
-    rows = gradients["target_position.weight"]
-    assert rows is not None
-    assert rows.any(dim=1).nonzero().flatten().tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +232,7 @@ def test_initial_weights_depend_on_seed_and_name_only(small_config: Callable[...
     assert "blocks.1.memory.w1" in shared
     assert all(torch.equal(short[name], long[name]) for name in shared)
     other = dict(initialised(small_config(block_pattern=("S", "H")), seed=1).named_parameters())
-    random = [name for name, p in short.items() if p.detach().std() > 0]
+    random = [name for name, p in short.items() if p.detach().std() > 0 and "norm" not in name]
     assert "blocks.1.memory.w1" in random
     assert not [name for name in random if torch.equal(short[name], other[name])]
     same_shape = [short["blocks.1.spatial_mixing.first.weight"], short["blocks.1.memory.query.weight"]]
@@ -361,8 +244,9 @@ def test_initial_constants_are_right_on_the_whole_model(small_config: Callable[.
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     kinds = {"one": set[str](), "zero": set[str](), "random": set[str]()}
     for name, parameter in model.named_parameters():
-        spread, first = parameter.detach().std().item(), parameter.detach().flatten()[0].item()
-        kinds["random" if spread else {1.0: "one", 0.0: "zero"}[first]].add(name)
+        # The norms of two memories are 1 up to their sign.
+        values = parameter.detach().abs() if name.endswith("memory.norm_weight") else parameter.detach()
+        kinds["random" if values.std() else {1.0: "one", 0.0: "zero"}[values.flatten()[0].item()]].add(name)
     memory_norms = {f"blocks.{n}.memory.norm_weight" for n in (1, 3)}
     mixing = {f"blocks.{n}.spatial_mixing.second.weight" for n in (1, 3)}
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
@@ -397,29 +281,3 @@ def test_initial_spreads_follow_the_number_of_inputs() -> None:
 def test_fresh_mixing_is_no_mixing(small_config: Callable[..., ModelConfig], small_input: Draw) -> None:
     without, fresh = (initialised(small_config(spatial_mixing=mixing)) for mixing in (False, True))
     torch.testing.assert_close(fresh(*small_input()).frames, without(*small_input()).frames)
-
-
-def test_training_on_features_of_real_scale_stays_finite(small_config: Callable[..., ModelConfig]) -> None:
-    # V-JEPA 2 features: standard deviation 3.2, outliers of 43.
-    model = initialised(small_config(block_pattern=("S", "H", "T", "H", "H")))
-    config = OptimizerConfig.model_validate({"lr": 3e-3})
-    optimizer = M3(parameter_groups(model.named_parameters(), config), config)
-    generator = torch.Generator().manual_seed(8)
-    losses = []
-    for _ in range(10):
-        features = 3.2 * torch.randn(4, 5, 6, 10, generator=generator)
-        outliers = torch.rand(features.shape, generator=generator)
-        features = features.masked_fill(outliers < 0.01, -43.0).masked_fill(outliers > 0.99, 43.0)
-        actions, states = (torch.randn(4, n, d, generator=generator) for n, d in ((4, 3), (5, 2)))
-        target = torch.randint(2, 5, (4,), generator=generator)
-        loss = clip_losses(
-            model, ObjectiveConfig(), features, actions, states, torch.full((4,), 5), torch.ones(4), target, None
-        )
-        total = loss.teacher / 16 + loss.jump / 4
-        total.backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    assert all(math.isfinite(value) for value in losses)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
