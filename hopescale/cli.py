@@ -73,6 +73,44 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
     _finish({"report": str(page)}, as_json)
 
 
+@app.command("import-checkpoint")
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(help="Lightning .ckpt or state dict of the earlier AC-HOPE-ViT.")],
+    out: Annotated[Path, typer.Argument(help="Run folder to make.")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="Optimizer steps the checkpoint counts as.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a run of an earlier predictor's checkpoint, to evaluate it or to train it on.
+
+    model=ac_hope computes exactly what the earlier predictor did at phase 5 (its file in configs/model names the other
+    phases' settings); model.compat=none takes the weights into this model instead. Tensors alone are read; all that are
+    missing, left over or of another shape are named at once.
+    """
+    from hopescale.import_checkpoint import import_checkpoint as import_run
+    from hopescale.parallel.process_group import end_process
+
+    result = import_run(source, out, overrides or [], step)
+    if not as_json:
+        print(f"{result['checkpoint']}: {result['parameters']:,} parameters; {result['note']}")
+        if result["unused"]:
+            print(f"left out, for nothing ever used them: {', '.join(result['unused'])}")
+    _finish(result, as_json)
+    end_process(0)
+
+
+@app.command()
+def plan(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Count parameters, and FLOPs and bytes of a clip, without data and without building the model."""
+    from hopescale.config.compose import load_config
+    from hopescale.plan.model import describe_plan, plan_model
+
+    figures = plan_model(load_config(overrides or []))
+    if not as_json:
+        print(describe_plan(figures))
+    _finish(figures, as_json)
+
+
 @data_app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
@@ -82,6 +120,7 @@ def simulate(
     """Simulate clips of a pushed block.
 
     Settings: num_train and num_heldout (clips of each partition), frames, size (pixels), seed, partitions=[base,...].
+    The partition hidden, a probe for memories, is made only when named.
     """
     from hopescale.data_commands import simulate_pixels
 

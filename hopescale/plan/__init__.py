@@ -1,0 +1,1 @@
+"""What a configuration costs on machines you do not have, in closed form."""

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.model.build import build_predictor
+from hopescale.model.flops import Recompute
+from hopescale.model.init import initialise
+from hopescale.model.objective import clip_losses
+from hopescale.model.objective_schema import ObjectiveConfig
+from hopescale.model.schema import ModelConfig
+from hopescale.parallel.activation_checkpointing import recompute_blocks
+from hopescale.plan.activations import clip_bytes, fast_state
+
+SMALL: dict[str, Any] = {
+    "encoder_dim": 64,
+    "grid": (4, 8),
+    "frames": 7,
+    "action_dim": 2,
+    "width": 48,
+    "block_pattern": ("H", "H"),
+    "memory": {"heads": 1, "hidden_multiplier": 2.0},
+    "cms": {"levels": [{"period": p, "hidden_multiplier": 2.0} for p in (1, 3)]},
+    "attention": {"heads": 2, "mlp_multiplier": 4.0},
+    "drop_path": 0.0,
+}
+TEACHER = {"jump_weight": 0.0}
+
+
+def settings(**fields: Any) -> ModelConfig:
+    """The small model; the section `memory` is merged."""
+    merged = {name: {**SMALL[name], **value} if name == "memory" else value for name, value in fields.items()}
+    return ModelConfig.model_validate(SMALL | merged)
+
+
+def saved_bytes(model: ModelConfig, objective: ObjectiveConfig, recompute: Recompute, precision: str) -> float:
+    """Bytes of a clip that autograd saves in forward, parameters apart."""
+    predictor, batch, last = build_predictor(model), 4, model.frames - 1
+    initialise(predictor, 0)
+    recompute_blocks(list(predictor.blocks), recompute)
+    storages = {p.untyped_storage().data_ptr() for p in predictor.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in storages:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        losses = clip_losses(
+            predictor,
+            objective,
+            torch.randn(batch, model.frames, model.num_patches, model.encoder_dim),
+            torch.randn(batch, last, model.action_dim),
+            None,
+            torch.full((batch,), model.frames),
+            torch.ones(batch),
+            torch.full((batch,), last),
+            None,
+            consolidate=model.longterm is not None,
+        )
+    assert losses.teacher.requires_grad or losses.rollout.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / batch
+
+
+@pytest.mark.parametrize(
+    ("fields", "branches", "precision"),
+    [
+        ({}, {}, "fp32"),
+        ({}, {}, "bf16"),
+        ({"spatial_mixing": True, "memory": {"heads": 4}}, TEACHER, "fp32"),
+        ({"memory": {"chunk_size": 2}}, TEACHER, "fp32"),
+        ({"memory": {"self_modify": ["main"]}}, TEACHER, "fp32"),
+        ({"memory": {"self_modify": []}}, TEACHER, "fp32"),
+        ({"memory": {"momentum": 0.5}}, TEACHER, "fp32"),
+        ({"memory": {"chunk_rule": "token_exact"}}, TEACHER, "fp32"),
+        ({"memory": {"chunk_rule": "scan"}}, TEACHER, "fp32"),
+        ({}, {"teacher_weight": 0.0, "rollout": {"weight": 1.0, "context": 2, "steps": 4}}, "fp32"),
+        ({"block_pattern": ("S", "H", "T", "S")}, TEACHER, "fp32"),
+        ({"block_pattern": ("S", "T")}, TEACHER, "bf16"),
+        ({"block_pattern": ("U", "U")}, TEACHER, "fp32"),
+        ({"block_pattern": ("U", "H"), "longterm": {"hidden_multiplier": 1.0}}, TEACHER, "fp32"),
+    ],
+    ids=str,
+)
+def test_saved_bytes_are_near_what_autograd_saves(
+    fields: dict[str, Any], branches: dict[str, Any], precision: str
+) -> None:
+    model, objective = settings(**fields), ObjectiveConfig.model_validate(branches)
+    found = clip_bytes(model, objective, model.frames, "none", precision)
+    assert found.saved == pytest.approx(saved_bytes(model, objective, "none", precision), rel=0.1)
+
+
+@pytest.mark.parametrize("pattern", [("H", "H", "H"), ("S", "T", "S")])
+def test_recomputed_blocks_keep_their_inputs_and_one_block_at_a_time(pattern: tuple[str, ...]) -> None:
+    model, objective = settings(block_pattern=pattern), ObjectiveConfig.model_validate(TEACHER)
+    one = settings(block_pattern=pattern[:1])
+    forward = saved_bytes(model, objective, "block", "fp32")
+    again = saved_bytes(one, objective, "none", "fp32") - saved_bytes(one, objective, "block", "fp32")
+    found = clip_bytes(model, objective, model.frames, "block", "fp32")
+    assert found.saved == pytest.approx(forward + again, rel=0.1)
+    assert found.block_input == 6 * 33 * 48 * 4
+
+
+def test_recomputed_chunks_keep_the_memories_they_leave() -> None:
+    model, objective = settings(block_pattern=("H", "H")), ObjectiveConfig.model_validate(TEACHER)
+    found = {r: clip_bytes(model, objective, 7, r, "fp32").saved for r in ("none", "chunk")}
+    assert found["chunk"] < found["none"]
+    # Four whole writes and one into the main memory alone, in both blocks; then one chunk's activations at a time.
+    states = 2 * (4 + 1 / 5) * fast_state(model, "H")
+    ends_and_streams = clip_bytes(settings(memory={"self_modify": []}), objective, 7, "none", "fp32").saved
+    assert states < found["chunk"] < states + ends_and_streams + 0.2 * found["none"]
+
+
+def test_a_set_of_fast_weights_has_its_published_size() -> None:
+    five = ModelConfig.model_validate({"block_pattern": ["H"] * 5})
+    wide = ModelConfig.model_validate({"width": 1536, "block_pattern": ["H"], "memory": {"hidden_multiplier": 2.0}})
+    heads = five.model_copy(update={"memory": five.memory.model_copy(update={"heads": 4})})
+    assert (fast_state(five, "H"), fast_state(wide, "H"), fast_state(heads, "H")) == (
+        22.5 * 2**20,
+        180 * 2**20,
+        22.5 * 2**20 / 4,
+    )
+    assert fast_state(five, "S") == 0
+    assert clip_bytes(five, ObjectiveConfig(), 8, "none", "fp32").fast_state == 5 * 22.5 * 2**20
