@@ -16,8 +16,13 @@ from typing import Literal
 PREFIX = "hopescale_"
 
 Kind = Literal["gauge", "counter"]
-Reduction = Literal["mean", "sum", "rank", "global"]
-Record = Literal["train", "eval", "info"]
+Reduction = Literal["mean", "rms", "sum", "rank", "global"]
+Record = Literal["train", "eval", "checkpoint", "info"]
+
+
+MEMORIES = ("key", "value", "eta", "alpha", "main")
+OF_THE_RUN: Mapping[str, int] = MappingProxyType({"group": 32, "level": 16, "frame": 64})
+"""Labels whose values depend on the run, and how many values each may have."""
 
 
 class UnknownMetric(LookupError):
@@ -34,10 +39,10 @@ class Metric:
         unit: `seconds`, `bytes` and `ratio` are also the suffix of the key; "" where the number has no unit.
         help: one sentence.
         labels: Prometheus label names.
-        label_values: the values of the one label where they are fixed in code; `group` values come from the run.
+        label_values: the values of the one label where they are fixed in code; those of `OF_THE_RUN` come from the run.
         overall: may also be recorded without its label: key alone in `metrics.jsonl`, label value `all` in Prometheus.
-        reduction: over ranks: `mean` = sum / count, `sum`, `rank` = kept per rank (files hold the mean),
-            `global` = the same on all ranks, taken from rank 0.
+        reduction: over ranks: `mean` = sum / count, `rms` = its root, where squares are summed up, `sum`, `rank` = kept
+            per rank (files hold the mean), `global` = the same on all ranks, taken from rank 0.
         record: the kind of flush that publishes it; `info` goes to Prometheus only.
     """
 
@@ -81,10 +86,36 @@ CATALOG: tuple[Metric, ...] = (
         reduction="global",
         help="Clips consumed by all ranks since the first step of the run.",
     ),
+    Metric(
+        key="train_seconds_total",
+        kind="counter",
+        unit="seconds",
+        reduction="global",
+        help="Time this incarnation has spent training, evaluation and checkpoints excluded.",
+    ),
     # Optimization.
     Metric(key="loss", reduction="mean", help="Training objective, mean over the clips since the last log step."),
     Metric(key="loss_teacher", reduction="mean", help="Teacher-forced one-step part of the objective."),
-    Metric(key="loss_jump", reduction="mean", help="Jump part of the objective (frame 0 to frame tau)."),
+    Metric(key="loss_jump", reduction="mean", help="Jump part of the objective (first frames to frame tau)."),
+    Metric(key="loss_rollout", reduction="mean", help="Part of the objective predicted from predictions, per frame."),
+    Metric(
+        key="objective_weight",
+        labels=("kind",),
+        label_values=("teacher", "jump", "rollout"),
+        reduction="global",
+        help="Weight of a branch of the objective in the current phase of the curriculum.",
+    ),
+    Metric(
+        key="curriculum_phase",
+        unit="phases",
+        reduction="global",
+        help="Phases of the curriculum that have begun; 0 is the objective itself.",
+    ),
+    Metric(
+        key="curriculum_surprise",
+        reduction="mean",
+        help="Memory surprise of the log step alone, which a phase that waits for a plateau goes by.",
+    ),
     Metric(
         key="learning_rate",
         labels=("group",),
@@ -99,12 +130,39 @@ CATALOG: tuple[Metric, ...] = (
         reduction="mean",
         help="L2 norm of the unsharded gradient before clipping, mean over the steps since the last log step.",
     ),
+    Metric(
+        key="param_norm",
+        labels=("group",),
+        overall=True,
+        reduction="rms",
+        help="L2 norm of the unsharded parameters after the log step.",
+    ),
+    Metric(
+        key="update_ratio",
+        unit="ratio",
+        labels=("group",),
+        reduction="rms",
+        help="Norm of what the group's last step changed, decay included, over the norm of its parameters before.",
+    ),
+    Metric(
+        key="dead_fraction",
+        labels=("group",),
+        overall=True,
+        reduction="mean",
+        help="Share of the numbers in the parameters whose gradient was exactly 0 on the log step (0 to 1).",
+    ),
     # Speed.
     Metric(
         key="clips_per_second",
         unit="clips/s",
         reduction="global",
         help="Clips of all ranks per second since the last log step, evaluation and checkpoints excluded.",
+    ),
+    Metric(
+        key="flops_per_second",
+        unit="flops/s",
+        reduction="global",
+        help="FLOPs of matrix products that all ranks execute a second, by the closed form of one clip.",
     ),
     Metric(
         key="step_seconds",
@@ -180,42 +238,135 @@ CATALOG: tuple[Metric, ...] = (
         key="checkpoint_seconds",
         unit="seconds",
         reduction="global",
+        record="checkpoint",
         help="Time from the start of the last checkpoint to its commit.",
     ),
     Metric(
         key="last_checkpoint_timestamp_seconds",
         unit="seconds",
         reduction="global",
+        record="checkpoint",
         help="Unix time of the last committed checkpoint.",
     ),
-    Metric(key="last_checkpoint_step", unit="steps", reduction="global", help="Step of the last committed checkpoint."),
+    Metric(
+        key="last_checkpoint_step",
+        unit="steps",
+        reduction="global",
+        record="checkpoint",
+        help="Step of the last committed checkpoint.",
+    ),
     # Fast weights.
     Metric(
         key="memory_surprise",
+        labels=("frame",),
+        overall=True,
         reduction="mean",
-        help="Squared distance of a write's prediction and target over the sum of their squares (0 to 2).",
+        help="Squared distance of a write's prediction and target over the sum of their squares (0 to 2); frame is the "
+        "first of those written.",
     ),
     Metric(
         key="memory_fast_norm_ratio",
         unit="ratio",
+        labels=("memory",),
+        label_values=MEMORIES,
         reduction="mean",
-        help="Norm of the main memories after a clip's last write over their norm before its first.",
+        help="Norm of a memory's input matrix after a clip's last write over its trained norm; clips too short for all "
+        "writes are left out.",
     ),
-    Metric(key="memory_retention", reduction="mean", help="Mean retention gate of the memories (1 forgets nothing)."),
+    Metric(
+        key="memory_drift",
+        labels=("memory",),
+        label_values=MEMORIES,
+        reduction="mean",
+        help="Norm of the change of that matrix since the start of the clip over its trained norm.",
+    ),
     Metric(
         key="memory_write_ratio",
         unit="ratio",
+        labels=("memory",),
+        label_values=MEMORIES,
         reduction="mean",
-        help="Norm of a write over the norm of the memory it is written into.",
+        help="Norm of a write, as limited, over the norm of what it is written into; mean over writes that happened.",
+    ),
+    Metric(
+        key="memory_limited_ratio",
+        unit="ratio",
+        labels=("memory",),
+        label_values=MEMORIES,
+        reduction="mean",
+        help="Share of matrices written whose change was above model.memory.write_limit before it was limited.",
+    ),
+    Metric(
+        key="memory_retention",
+        reduction="mean",
+        help="Share of the memories that a write keeps, by its gate (1 forgets nothing).",
+    ),
+    Metric(
+        key="memory_retention_min",
+        reduction="mean",
+        help="Smallest such share of a clip, of all its writes, heads and blocks; mean over clips.",
+    ),
+    Metric(
+        key="memory_step_size",
+        reduction="mean",
+        help="Step size of a write, summed over its tokens (0 to model.memory.eta_max).",
+    ),
+    Metric(
+        key="memory_step_size_p99",
+        reduction="mean",
+        help="99th percentile of the step sizes of a write's tokens, times their number; mean over writes.",
+    ),
+    Metric(
+        key="memory_gate_rate",
+        reduction="mean",
+        help="Share of writes whose surprise was at least model.memory.surprise_gate, so that they happened.",
+    ),
+    # Continuum memory.
+    Metric(
+        key="cms_active_frames",
+        unit="frames",
+        labels=("level",),
+        reduction="global",
+        help="Frames of a clip of full length that the level touches.",
+    ),
+    Metric(
+        key="cms_output_ratio",
+        unit="ratio",
+        labels=("level",),
+        reduction="mean",
+        help="Norm of what the level adds to a frame's tokens over their norm before, over the frames it touches.",
+    ),
+    Metric(
+        key="cms_parameter_steps_total",
+        kind="counter",
+        unit="steps",
+        labels=("level",),
+        reduction="global",
+        help="Steps the level's matrices have taken: one in every period of their optimizer group.",
     ),
     # Evaluation.
     Metric(
         key="skill",
         labels=("kind",),
-        label_values=("one_step", "far", "jump"),
+        label_values=("one_step", "far", "jump", "context"),
         reduction="global",
         record="eval",
         help="1 - error / baseline error on held-out clips: 0 is copy-last, 1 is perfect.",
+    ),
+    Metric(
+        key="identity_ratio",
+        unit="ratio",
+        labels=("kind",),
+        label_values=("one_step", "far", "jump", "context"),
+        reduction="global",
+        record="eval",
+        help="Error over that of copying the last known frame on held-out clips: 1 - skill, above 1 copying is better.",
+    ),
+    Metric(
+        key="action_sensitivity",
+        reduction="global",
+        record="eval",
+        help="One-step error with another clip's actions minus that with the true ones; 0 is a model blind to actions.",
     ),
     # Identity.
     Metric(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from hopescale.diagnostics import labels
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.sinks.base import Sink
 from hopescale.metrics.sinks.console import ConsoleSink
@@ -64,7 +65,7 @@ def open_recorder(
         world_size=launch.world_size,
         all_reduce=dist.all_reduce,
         rank_file=rank_file,
-        groups=groups,
+        labels={"group": groups, **labels(config.model)},
         device=device,
     )
     stack.enter_context(closing(recorder))

@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hopescale.metrics.catalog import CATALOG, READER_STATS, Metric, UnknownMetric, by_key, flat_key, nearest
+from hopescale.metrics.catalog import (
+    CATALOG,
+    OF_THE_RUN,
+    READER_STATS,
+    Metric,
+    UnknownMetric,
+    by_key,
+    flat_key,
+    nearest,
+)
 from hopescale.metrics.sinks.base import Sink
 from hopescale.metrics.sinks.rank_file import RankFile, Sample
 from hopescale.metrics.throughput import Window
 
 logger = logging.getLogger(__name__)
 
-MAX_GROUPS = 32
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9_.+:-]{1,64}")
 
 _Slot = tuple[str, str | None]
-"""One number: metric key and the value of its `group` or `kind` label (None: the overall number, or no label)."""
+"""One number: metric key and the value of its label (None: the overall number, or no label)."""
 
 
 class Recorder:
@@ -39,12 +49,12 @@ class Recorder:
         world_size: number of ranks.
         all_reduce: sums a tensor over ranks in place; None only when there is one rank.
         rank_file: this rank's file for the node's Prometheus endpoint, or None.
-        groups: names of the parameter groups, the same on all ranks: the values of the label `group`.
+        labels: values of the labels of `catalog.OF_THE_RUN`, the same on all ranks; a label left out has none.
         device: where `add` accumulates; the device the collective works on.
         now: wall clock, Unix seconds.
 
     Raises:
-        ValueError: several ranks without `all_reduce`, or group names that cannot be labels.
+        ValueError: several ranks without `all_reduce`, or labels that are not of the run, too many or no words.
     """
 
     def __init__(
@@ -55,25 +65,27 @@ class Recorder:
         world_size: int,
         all_reduce: Callable[[Tensor], object] | None,
         rank_file: RankFile | None,
-        groups: Sequence[str] = (),
+        labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
         device: torch.device | str = "cpu",
         now: Callable[[], float] = time.time,
     ) -> None:
         if world_size > 1 and all_reduce is None:
             raise ValueError(f"world_size={world_size} needs all_reduce")
-        if len(groups) > MAX_GROUPS or not all(_LABEL_VALUE.fullmatch(group) for group in groups):
-            raise ValueError(f"groups must be at most {MAX_GROUPS} names matching {_LABEL_VALUE.pattern}, got {groups}")
+        for name, values in labels.items():
+            most, words = OF_THE_RUN.get(name, 0), all(_LABEL_VALUE.fullmatch(value) for value in values)
+            if len(values) > most or not words:
+                raise ValueError(f"label {name} takes at most {most} values matching {_LABEL_VALUE.pattern}: {values}")
         self._sinks = list(sinks)
         self._rank = rank
         self._all_reduce = all_reduce
         self._rank_file = rank_file
-        self._groups = tuple(groups)
+        self._labels = {name: tuple(values) for name, values in labels.items()}
         self._now = now
-        # The packed layout depends on the catalog and the group names only, so it is the same on all ranks
+        # The packed layout depends on the catalog and the run's labels only, so it is the same on all ranks
         # whatever each of them recorded.
         self._layout: dict[str, list[_Slot]] = {
             kind: [slot for metric in CATALOG if metric.record == kind for slot in self._reduced_slots(metric)]
-            for kind in ("train", "eval")
+            for kind in ("train", "eval", "checkpoint")
         }
         self._index = {slot: (kind, i) for kind, slots in self._layout.items() for i, slot in enumerate(slots)}
         self._on_device = {
@@ -90,27 +102,51 @@ class Recorder:
         """Accumulates `total` and `count` towards the next flush; never waits for the device.
 
         Args:
-            key: a catalog key reduced by `mean` (or a gauge reduced by `sum`).
-            total: sum over `count` things, a tensor with one element on any device, or a number.
+            key: a catalog key reduced by `mean` (or `rms`, or a gauge reduced by `sum`).
+            total: sum over `count` things (their squares for `rms`), a tensor with one element on any device, or a
+                number.
             count: how many things `total` sums up (clips, steps, seconds); may be 0.
-            **labels: `group=` where the metric has that label; without it the overall number.
+            **labels: the metric's label, if it has one; without it the overall number.
 
         Raises:
             UnknownMetric: key or label value not in the catalog.
             ValueError: the metric is not accumulated, or `total` has more than one element.
         """
-        metric = by_key(key)
-        if metric.reduction not in ("mean", "sum") or metric.kind == "counter":
-            raise ValueError(f"{key} ({metric.kind}, {metric.reduction}) is not accumulated: use set or observe_rank")
-        kind, index = self._index[self._slot(metric, labels)]
+        slot = self._slot(_accumulated(key), labels)
         for row, value in enumerate((total, count)):
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise ValueError(f"{key}: expected one element, got shape {tuple(value.shape)}")
-                sums = self._on_device[kind]
-                sums[row, index].add_(value.detach().reshape(()).to(sums.device, sums.dtype, non_blocking=True))
+                self._add_on_device(row, slot, value.reshape(1))
             else:
+                kind, index = self._index[slot]
                 self._on_host[kind][row][index] += value
+
+    def add_each(self, key: str, totals: Tensor, counts: Tensor | Sequence[float]) -> None:
+        """`add` for the values of the metric's label, all at once; never waits for the device.
+
+        Args:
+            key: a catalog key with a label, reduced by `mean` or `rms`.
+            totals: one sum for each of the label's first values, in their order, on any device.
+            counts: how many things each sums up, numbers or a tensor.
+
+        Raises:
+            UnknownMetric: key not in the catalog.
+            ValueError: the metric is not accumulated, or the label has fewer values.
+        """
+        metric = _accumulated(key)
+        values = self._label_values(metric)[: len(counts)]
+        if not len(values) == len(counts) == len(totals):
+            raise ValueError(f"{key}: {len(totals)} totals and {len(counts)} counts for {len(values)} label values")
+        if not values:
+            return
+        self._add_on_device(0, (key, values[0]), totals)
+        if isinstance(counts, Tensor):
+            self._add_on_device(1, (key, values[0]), counts)
+            return
+        for value, count in zip(values, counts, strict=True):
+            kind, index = self._index[key, value]
+            self._on_host[kind][1][index] += count
 
     def set(self, key: str, value: float, **labels: str) -> None:
         """Sets a number the host knows: a `global` one, a running total, or this rank's part of a mean.
@@ -162,17 +198,19 @@ class Recorder:
             self.set(READER_STATS[field.name], getattr(stats, field.name))
 
     # ------------------------------------------------------------------------------------------------ publishing
-    def flush(self, step: int, kind: str = "train") -> dict[str, float] | None:
+    def flush(self, step: int, kind: str = "train") -> dict[str, float]:
         """Reduces over ranks with at most one collective and publishes. All ranks call it at the same step.
 
         The only place that waits for the device.
 
         Args:
             step: optimizer step.
-            kind: `train` publishes training metrics; `eval` evaluation results, leaving training sums alone.
+            kind: `train` publishes training metrics; `eval` evaluation results and `checkpoint` those of a checkpoint,
+                both leaving training sums alone.
 
         Returns:
-            Key -> number on rank 0, None elsewhere.
+            Key -> number. Reduced numbers are the same on all ranks, which may decide by them; `global` ones are on
+            rank 0 only.
 
         Raises:
             ValueError: another kind.
@@ -185,12 +223,12 @@ class Recorder:
         own = {slot: value for slot, value in self._replaced.items() if self._index[slot][0] == kind}
         values = self._reduce(kind, own)
         # Every rank's dict is cleared, but only rank 0's global numbers count.
-        values.update({slot: v for slot, v in self._global.items() if by_key(slot[0]).record == kind})
-        self._global = {slot: v for slot, v in self._global.items() if slot not in values}
+        of_kind = {slot: v for slot, v in self._global.items() if by_key(slot[0]).record == kind}
+        self._global = {slot: v for slot, v in self._global.items() if slot not in of_kind}
+        if self._rank == 0:
+            values.update(of_kind)
         self._replaced = {slot: v for slot, v in self._replaced.items() if slot not in own}
         self._publish_to_node(step, kind, values, own, now)
-        if self._rank != 0:
-            return None
         flat = {flat_key(by_key(key), label): values[key, label] for key, label in values}
         for sink in self._sinks:
             self._give(sink, step, kind, flat, now)
@@ -205,7 +243,15 @@ class Recorder:
 
     # -------------------------------------------------------------------------------------------------- internals
     def _label_values(self, metric: Metric) -> tuple[str, ...]:
-        return self._groups if metric.labels == ("group",) else metric.label_values
+        """Neighbours in the packed tensor, in this order."""
+        return metric.label_values or self._labels.get("".join(metric.labels), ())
+
+    def _add_on_device(self, row: int, first: _Slot, values: Tensor) -> None:
+        """Adds to totals (row 0) or counts (row 1), from a slot on."""
+        kind, index = self._index[first]
+        sums = self._on_device[kind]
+        part = sums[row, index : index + len(values)]
+        part.add_(values.detach().to(sums.device, sums.dtype, non_blocking=True))
 
     def _reduced_slots(self, metric: Metric) -> Iterable[_Slot]:
         """Places of a metric in the packed tensor; none when rank 0 alone decides its value."""
@@ -244,7 +290,7 @@ class Recorder:
             self._all_reduce(packed)
         totals, counts = packed.tolist()
         return {
-            slot: total if by_key(slot[0]).reduction == "sum" else total / count
+            slot: _reduced(by_key(slot[0]).reduction, total, count)
             for slot, total, count in zip(slots, totals, counts, strict=True)
             if count > 0
         }
@@ -294,6 +340,19 @@ class Recorder:
             self._failing.add(id(sink))
         else:
             self._failing.discard(id(sink))
+
+
+def _accumulated(key: str) -> Metric:
+    metric = by_key(key)
+    if metric.reduction not in ("mean", "rms", "sum") or metric.kind == "counter":
+        raise ValueError(f"{key} ({metric.kind}, {metric.reduction}) is not accumulated: use set or observe_rank")
+    return metric
+
+
+def _reduced(reduction: str, total: float, count: float) -> float:
+    if reduction == "sum":
+        return total
+    return math.sqrt(total / count) if reduction == "rms" else total / count
 
 
 def _zeros(size: int) -> tuple[list[float], list[float]]:

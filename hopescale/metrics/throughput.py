@@ -47,6 +47,8 @@ class StepClock:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
+        self.total_seconds = 0.0
+        """Training time of all windows taken so far."""
         self._begin()
 
     def _begin(self) -> None:
@@ -85,5 +87,6 @@ class StepClock:
             return None
         seconds = self._now() - self._started - self._paused_seconds
         window = Window(self._steps, self._clips, seconds, self._wait_seconds)
+        self.total_seconds += seconds
         self._begin()
         return window

@@ -14,7 +14,7 @@ class Sink(Protocol):
 
         Args:
             step: optimizer step the values belong to.
-            kind: `train` or `eval`.
+            kind: `train`, `eval` or `checkpoint`.
             values: catalog key (label value appended) -> number, which may be NaN or infinite.
             time: Unix seconds.
 

@@ -55,9 +55,12 @@ class ConsoleSink:
             self._progress.start()
 
     def write(self, step: int, kind: str, values: Mapping[str, float], time: float) -> None:
-        """Prints one line, or moves the bar; evaluation results are always printed as a line."""
+        """Prints one line, or moves the bar; evaluation results are always a line, checkpoints are not shown."""
+        if kind == "checkpoint":
+            return
         if kind != "train":
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            # An identity ratio is 1 - skill, which stands beside it.
+            shown = "  ".join(f"{k} {value:.4f}" for k, value in values.items() if not k.startswith("identity_ratio"))
             self._print(f"{kind} at step {step}  {shown}")
             return
         wanted = values if self._progress is None else values.keys() & _SHOWN_BESIDE_BAR

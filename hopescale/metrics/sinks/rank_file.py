@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"hopescale-rank-1"
-SLOT_BYTES = 32 * 1024
+SLOT_BYTES = 64 * 1024
 FILE_BYTES = len(MAGIC) + 2 * SLOT_BYTES
 _VERSION = struct.Struct("@Q")
 _SIZES = struct.Struct("@II")

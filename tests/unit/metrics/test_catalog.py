@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import hopescale.metrics
-from hopescale.metrics.catalog import CATALOG, READER_STATS, UnknownMetric, by_key, markdown_table
+from hopescale.metrics.catalog import CATALOG, OF_THE_RUN, READER_STATS, UnknownMetric, by_key, markdown_table
+from hopescale.model.schema import MEMORIES
 
 SUFFIX_OF_UNIT = {"seconds": "seconds", "bytes": "bytes", "ratio": "ratio"}
 
@@ -18,7 +19,7 @@ def test_no_metric_is_named_twice_and_no_labelled_number_shadows_another():
     keys = [metric.key for metric in CATALOG]
     assert len(set(keys)) == len(keys)
     for metric in CATALOG:
-        if metric.labels in (("group",), ("kind",)):
+        if metric.labels not in ((), ("rank",)):
             assert not [key for key in keys if key.startswith(metric.key + "_")], metric.key
 
 
@@ -38,9 +39,15 @@ def test_names_follow_the_prometheus_conventions(metric):
 @pytest.mark.parametrize("metric", CATALOG, ids=lambda metric: metric.key)
 def test_labels_are_bounded(metric):
     assert (metric.reduction == "rank") == ("rank" in metric.labels)
-    assert metric.labels in ((), ("rank",), ("group",), ("kind",)) or metric.record == "info"
-    assert bool(metric.label_values) == (metric.labels == ("kind",))
+    of_the_run = [(name,) for name in OF_THE_RUN]
+    assert metric.labels in ((), ("rank",), ("kind",), ("memory",), *of_the_run) or metric.record == "info"
+    assert bool(metric.label_values) == (metric.labels in (("kind",), ("memory",)))
     assert not metric.overall or metric.labels
+
+
+def test_memories_are_called_as_in_the_model():
+    fixed = {metric.label_values for metric in CATALOG if metric.labels == ("memory",)}
+    assert fixed == {MEMORIES}
 
 
 def test_rank_is_a_label_of_step_time_last_step_and_memory_only():

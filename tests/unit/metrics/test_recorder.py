@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hopescale.metrics.catalog import UnknownMetric
+from hopescale.metrics.catalog import OF_THE_RUN, UnknownMetric
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.sinks.rank_file import RankFile, read_rank_file
 from hopescale.metrics.throughput import Window
@@ -60,8 +60,8 @@ class Ranks:
         tensor.copy_(torch.stack([self._parts[other] for other in range(self._world_size)]).sum(0))
         self._barrier.wait(timeout=10)
 
-    def flush(self, step: int, kind: str = "train") -> list[dict[str, float] | None]:
-        results: list[dict[str, float] | None] = [None] * self._world_size
+    def flush(self, step: int, kind: str = "train") -> list[dict[str, float]]:
+        results: list[dict[str, float]] = [{} for _ in range(self._world_size)]
 
         def run(rank: int) -> None:
             results[rank] = self.recorders[rank].flush(step, kind)
@@ -84,14 +84,13 @@ def test_means_weigh_every_clip_the_same_when_ranks_hold_different_counts():
     ranks.recorders[0].add("loss", torch.tensor(3.0), 1)
     ranks.recorders[1].add("loss", torch.tensor(3.0), torch.tensor(3))
     result = ranks.flush(1)[0]
-    assert result is not None
     assert result["loss"] == 1.5
     mean_of_means = (3.0 / 1 + 3.0 / 3) / 2
     assert result["loss"] != mean_of_means
 
 
 def test_one_collective_per_flush_whatever_was_recorded():
-    ranks = Ranks(2, groups=("a", "b"))
+    ranks = Ranks(2, labels={"group": ("a", "b")})
     for recorder in ranks.recorders:
         recorder.add("loss", 1.0)
         recorder.add("grad_norm", torch.tensor(2.0), group="b")
@@ -100,7 +99,6 @@ def test_one_collective_per_flush_whatever_was_recorded():
     ranks.recorders[1].add("memory_surprise", torch.tensor(4.0))
     result = ranks.flush(7)[0]
     assert ranks.calls == [1, 1]
-    assert result is not None
     assert result["memory_surprise"] == 4.0
     assert result["reader_bytes_total"] == 10.0
     assert result["grad_norm_b"] == 2.0
@@ -116,7 +114,6 @@ def test_evaluation_needs_no_collective_and_leaves_training_sums_alone():
     assert ranks.flush(5, "eval")[0] == {"skill_one_step": 0.25}
     assert ranks.calls == [0, 0]
     result = ranks.flush(10)[0]
-    assert result is not None
     assert result["loss"] == 2.0
     assert "skill_one_step" not in result
     assert [(step, kind) for step, kind, _, _ in ranks.sink.records] == [(5, "eval"), (10, "train")]
@@ -128,10 +125,36 @@ def test_global_numbers_are_rank_zeros_and_ranks_numbers_are_averaged_in_the_rec
         recorder.set("clips_total", 64 + rank)
         recorder.observe_rank("memory_bytes", 100.0 * (rank + 1))
     results = ranks.flush(1)
-    assert results[1] is None
-    assert results[0] is not None
     assert results[0]["clips_total"] == 64
     assert results[0]["memory_bytes"] == 150.0
+    assert "clips_total" not in results[1]
+
+
+def test_every_rank_gets_the_same_reduced_numbers():
+    ranks = Ranks(3)
+    for rank, recorder in enumerate(ranks.recorders):
+        recorder.add("loss", torch.tensor(0.1 * (rank + 1)), rank + 1)
+        recorder.add("memory_surprise", 0.3 + rank, 7)
+    first, *others = ranks.flush(1)
+    assert first.keys() >= {"loss", "memory_surprise"}
+    assert all(other == {key: first[key] for key in other} for other in others)
+    assert all(other.keys() == first.keys() for other in others)
+    assert ranks.calls == [1, 1, 1]
+
+
+def test_a_checkpoint_is_published_at_once_without_a_collective(tmp_path: Path):
+    ranks = Ranks(2)
+    ranks.recorders[0]._rank_file = RankFile(tmp_path, 0)
+    for recorder in ranks.recorders:
+        recorder.add("loss", 2.0)
+        recorder.set("last_checkpoint_step", 5)
+    ranks.flush(5, "checkpoint")
+    assert ranks.calls == [0, 0]
+    assert [record[:3] for record in ranks.sink.records] == [(5, "checkpoint", {"last_checkpoint_step": 5.0})]
+    record = read_rank_file(tmp_path / "rank-00000.bin")
+    assert record is not None
+    assert ["last_checkpoint_step", {}, 5.0] in record["samples"]
+    assert "last_checkpoint_step" not in ranks.flush(6)[0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -141,7 +164,6 @@ def test_any_split_into_micro_batches_gives_the_mean_over_clips(parts):
     for total, count in parts:
         recorder.add("loss", torch.tensor(float(total), requires_grad=True), count)
     result = recorder.flush(1)
-    assert result is not None
     assert result["loss"] == pytest.approx(sum(t for t, _ in parts) / sum(c for _, c in parts))
 
 
@@ -153,32 +175,29 @@ def test_recording_keeps_no_graph_and_flush_starts_afresh():
     recorder.flush(1)
     recorder.add("loss", weight * 4)
     result = recorder.flush(2)
-    assert result is not None
     assert result["loss"] == 4.0
     third = recorder.flush(3)
-    assert third is not None
     assert "loss" not in third
 
 
 def test_adding_does_not_read_the_device():
     recorder = single(device="meta")
     recorder.add("loss", torch.ones((), device="meta"), torch.ones((), device="meta"))
+    recorder.add_each("memory_drift", torch.ones(5, device="meta"), [1.0] * 5)
 
 
 def test_numbers_without_a_count_are_left_out():
     recorder = single()
     recorder.add("loss_jump", torch.tensor(0.0), 0)
     result = recorder.flush(1)
-    assert result is not None
     assert "loss_jump" not in result
 
 
 def test_labels_appear_in_keys_and_the_overall_number_has_none():
-    recorder = single(groups=("matrices", "rest"))
+    recorder = single(labels={"group": ("matrices", "rest")})
     recorder.set("learning_rate", 0.1)
     recorder.set("learning_rate", 0.2, group="rest")
     result = recorder.flush(1)
-    assert result is not None
     assert result["learning_rate"] == 0.1
     assert result["learning_rate_rest"] == 0.2
 
@@ -197,7 +216,7 @@ def test_labels_appear_in_keys_and_the_overall_number_has_none():
 )
 def test_unknown_names_are_errors_with_a_hint(call, hint):
     with pytest.raises(UnknownMetric, match=hint):
-        call(single(groups=("matrices", "rest")))
+        call(single(labels={"group": ("matrices", "rest")}))
 
 
 @pytest.mark.parametrize(
@@ -220,10 +239,62 @@ def test_numbers_recorded_in_the_wrong_way_are_errors(call):
 def test_several_ranks_need_a_collective_and_label_values_are_bounded():
     with pytest.raises(ValueError, match="all_reduce"):
         single(world_size=2)
-    with pytest.raises(ValueError, match="groups"):
-        single(groups=[f"g{i}" for i in range(33)])
-    with pytest.raises(ValueError, match="groups"):
-        single(groups=["a b"])
+    for name, most in OF_THE_RUN.items():
+        single(labels={name: [f"v{i}" for i in range(most)]})
+        with pytest.raises(ValueError, match=f"label {name} takes at most {most}"):
+            single(labels={name: [f"v{i}" for i in range(most + 1)]})
+    with pytest.raises(ValueError, match="label group"):
+        single(labels={"group": ["a b"]})
+    with pytest.raises(ValueError, match="label clip takes at most 0"):
+        single(labels={"clip": ["one"]})
+
+
+def test_figures_of_a_label_can_be_added_at_once():
+    one, many = (single(labels={"frame": ("0", "2", "4")}) for _ in range(2))
+    totals, counts = torch.tensor([1.0, 6.0]), [2.0, 4.0]
+    for frame, total, count in zip("02", totals, counts, strict=True):
+        one.add("memory_surprise", total, count, frame=frame)
+    many.add_each("memory_surprise", totals, counts)
+    result = many.flush(1)
+    assert result == one.flush(1) | {"last_step_timestamp_seconds": result["last_step_timestamp_seconds"]}
+    assert (result["memory_surprise_0"], result["memory_surprise_2"]) == (0.5, 1.5)
+    assert "memory_surprise_4" not in result
+    assert "memory_surprise" not in result
+
+
+def test_a_label_value_without_a_count_is_left_out():
+    recorder = single()
+    recorder.add_each("memory_drift", torch.arange(5.0), [0, 0, 0, 2, 2])
+    result = recorder.flush(1)
+    assert {key: value for key, value in result.items() if key.startswith("memory_drift")} == {
+        "memory_drift_alpha": 1.5,
+        "memory_drift_main": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "totals", "counts"),
+    [
+        ("memory_drift", torch.ones(6), [1.0] * 6),
+        ("memory_drift", torch.ones(5), [1.0] * 4),
+        ("memory_surprise", torch.ones(1), [1.0]),
+        ("learning_rate", torch.ones(1), [1.0]),
+    ],
+)
+def test_figures_that_do_not_fit_the_label_are_errors(key, totals, counts):
+    with pytest.raises(ValueError):
+        single(labels={"group": ("a",)}).add_each(key, totals, counts)
+
+
+def test_norms_are_roots_of_sums_over_ranks():
+    ranks = Ranks(2, labels={"group": ("a",)})
+    for recorder, square in zip(ranks.recorders, (9.0, 16.0), strict=True):
+        recorder.add("param_norm", torch.tensor(square), 1 / 2, group="a")
+        recorder.add("update_ratio", torch.tensor(square), torch.tensor(50.0), group="a")
+    result = ranks.flush(1)[0]
+    assert result["param_norm_a"] == 5.0
+    assert result["update_ratio_a"] == 0.5
+    assert ranks.calls == [1, 1]
 
 
 def test_rank_zero_alone_exports_numbers_of_the_whole_job(tmp_path: Path):
@@ -278,7 +349,6 @@ def test_window_and_reader_statistics_reach_the_record():
     recorder.record_window(Window(steps=4, clips=32, seconds=8.0, wait_seconds=2.0))
     recorder.record_reader(Stats())
     result = recorder.flush(4)
-    assert result is not None
     assert result["step_seconds"] == 2.0
     assert result["data_wait_seconds"] == 0.5
     assert result["data_wait_ratio"] == 0.25

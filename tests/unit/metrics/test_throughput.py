@@ -56,6 +56,18 @@ def test_windows_do_not_overlap_and_an_empty_one_is_no_window():
     assert clock.take() is None
 
 
+def test_the_total_counts_every_window_and_no_pause():
+    time = Time()
+    clock = StepClock(time)
+    for seconds in (1, 2):
+        time.seconds += seconds
+        clock.step(clips=1)
+        with clock.paused():
+            time.seconds += 1000
+        clock.take()
+    assert clock.total_seconds == 3.0
+
+
 def test_waiting_that_raises_still_counts():
     time = Time()
     clock = StepClock(time)

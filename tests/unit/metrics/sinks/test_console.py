@@ -12,13 +12,19 @@ def test_a_job_gets_plain_lines_with_loss_speed_and_time_left():
     sink = ConsoleSink(100, stream=stream)
     sink.write(10, "train", VALUES, 1000.0)
     sink.write(20, "train", VALUES, 1030.0)
-    sink.write(20, "eval", {"skill_far": 0.5}, 1031.0)
+    sink.write(20, "eval", {"skill_far": 0.5, "identity_ratio_far": 0.5}, 1031.0)
     sink.close()
     first, second, third = stream.getvalue().splitlines()
     assert first == "step 10/100  loss 0.1235  lr 3.00e-04  grad 1.5  clips/s 31.2  wait 3%  eta ?"
     assert second.endswith("eta 0:04:00")
     assert third == "eval at step 20  skill_far 0.5000"
     assert "\x1b" not in stream.getvalue()
+
+
+def test_checkpoints_are_not_shown():
+    stream = io.StringIO()
+    ConsoleSink(100, stream=stream).write(1, "checkpoint", {"checkpoint_seconds": 1.0}, 0.0)
+    assert stream.getvalue() == ""
 
 
 def test_missing_numbers_are_left_out():

@@ -93,9 +93,8 @@ def endpoint(tmp_path: Path) -> Iterator[PrometheusEndpoint]:
 
 def test_scrape_shows_what_the_recorder_flushed(endpoint: PrometheusEndpoint, tmp_path: Path):
     assert scrape(endpoint.url) == {}
-    recorder = Recorder(
-        [], rank=0, world_size=1, all_reduce=None, rank_file=RankFile(tmp_path / "ranks", 0), groups=("m", "rest")
-    )
+    file, of_the_run = RankFile(tmp_path / "ranks", 0), {"group": ("m", "rest")}
+    recorder = Recorder([], rank=0, world_size=1, all_reduce=None, rank_file=file, labels=of_the_run)
     recorder.set("run_info", 1, version="0.1", torch="2.13.0+cpu", config_hash="ab12", incarnation="2")
     recorder.add("loss", 3.0, 4)
     recorder.set("clips_total", 640)

@@ -111,12 +111,11 @@ def test_a_record_that_does_not_fit_is_an_error_and_keeps_the_last_one(tmp_path:
 
 
 def test_a_full_catalog_fits(tmp_path: Path):
-    from hopescale.metrics.catalog import CATALOG
-    from hopescale.metrics.recorder import MAX_GROUPS
+    from hopescale.metrics.catalog import CATALOG, OF_THE_RUN
 
     samples = [
-        (metric.key, {"label": "x" * 64}, 1.2345678901234567e-123)
+        (metric.key, {name: "x" * (64 if name == "group" else 12) for name in metric.labels}, 1.2345678901234567e-123)
         for metric in CATALOG
-        for _ in range(MAX_GROUPS if "group" in metric.labels else 3)
+        for _ in range(metric.overall + max(1, len(metric.label_values), OF_THE_RUN.get("".join(metric.labels), 0)))
     ]
     RankFile(tmp_path, 0).write(samples, time=1.0)
