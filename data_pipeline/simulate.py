@@ -1,7 +1,12 @@
-"""A small table world: one block, one push, six partitions that change the physics one idea at a time.
+"""A small table world: one block, one push, six partitions that change the physics one idea at a time, and one probe.
 
 World units: the view is 128 units wide whatever the image size; time is counted in stored frames.
 Friction is Coulomb friction (`mu * mass * GRAVITY`), so a block slows down evenly and then stops.
+
+The probe, `hidden`, is for memories. Its blocks look alike, but each has a mass and a friction of its own from a wide
+range, and is pushed again and again. It is filmed so slowly that it rests in every frame: no frame and no velocity
+tells how far the next push will carry it, only how far the earlier ones did. Frame 3 comes after a pause, so the
+frames after it can be foretold by whoever remembers frames 0 to 2, and by nobody else.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +25,16 @@ from data_pipeline.cache import write_json
 from data_pipeline.errors import DataError, Problem, missing_extra, nearest
 from data_pipeline.render import ICE, NIGHT, WOOD, Palette, Scene, Wall, render_frames
 
+if TYPE_CHECKING:
+    import pymunk
+
+Vector = tuple[float, float]
+Uniform = Callable[[float, float], float]
+
 PARTITIONS = ("base", "scaling", "dissipation", "discretization", "kinematics", "compositional")
 SIMULATOR_VERSION = 1
+PROBES = ("hidden",)
+"""Partitions that are simulated only when asked for."""
 PIXELS_FILE = "pixels.json"
 TRUTH_COLUMNS = ("x", "y", "angle", "velocity_x", "velocity_y", "angular_velocity", "mass", "friction", "side")
 
@@ -37,6 +50,16 @@ ICE_FRICTION = 0.05
 HIDDEN_VARIATION = 0.3
 _SUBSTEPS = 24
 _MAX_DRAWS = 500
+
+HIDDEN_MASS = (1.2, 4.8)
+HIDDEN_FRICTION = (0.2, 0.5)
+HIDDEN_REACH = (25.0, 37.0)
+"""World units that a push of `hidden` carries the block of least mass and friction; others go less far, to 1/40."""
+HIDDEN_PAUSE = 2
+"""Transition of `hidden` without a push."""
+_HIDDEN_PACE = 9
+"""A frame of `hidden` lasts as long as this many of the other partitions: by then any push has spent itself."""
+_HIDDEN_MARGIN = 26.0
 _WALL_RESTITUTION = 0.7
 _WALL_THICKNESS = 7.0
 _RIM = 3.5
@@ -47,10 +70,10 @@ class SimulationSpec:
     """What to simulate.
 
     Attributes:
-        partitions: Names out of `PARTITIONS`.
+        partitions: Names out of `PARTITIONS` and `PROBES`.
         num_train: Training clips of each partition.
         num_heldout: Held-out clips of each partition, from seeds no training clip uses.
-        frames: Stored frames of a clip; the push acts between the first two.
+        frames: Stored frames of a clip; the push acts between the first two, in `hidden` between any two but 2 and 3.
         size: Image side in pixels.
         seed: Every clip is a function of this number, its partition, split and index.
     """
@@ -108,18 +131,21 @@ class _Setup:
     side: float
     mass: float
     friction: float
-    start: tuple[float, float]
+    start: Vector
     angle: float
-    impulse: tuple[float, float]
+    pushes: tuple[Vector, ...]
     lever: float
     walls: tuple[Wall, ...]
+    palette: Palette
+    pace: int = 1
 
 
 def simulate(spec: SimulationSpec, out: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Simulate and draw all clips of `spec` into the folder `out`.
 
-    Writes `PARTITION/KEY.npz` with frames uint8 `[F, H, W, 3]`, actions f32 `[F - 1, 2]` (row 0 is the push, the others
-    are zero) and truth f32 `[F, 9]` (`TRUTH_COLUMNS`), then `pixels.json`, whose presence means the folder is complete.
+    Writes `PARTITION/KEY.npz` with frames uint8 `[F, H, W, 3]`, actions f32 `[F - 1, 2]` (row t is the push between
+    frames t and t + 1; outside `hidden` only row 0 is not zero) and truth f32 `[F, 9]` (`TRUTH_COLUMNS`), then
+    `pixels.json`, whose presence means the folder is complete.
 
     Args:
         spec: What to simulate.
@@ -176,25 +202,17 @@ def simulate_clip(spec: SimulationSpec, partition: str, split: str, index: int) 
     Returns:
         frames uint8 `[F, H, W, 3]`, actions f32 `[F - 1, 2]`, truth f32 `[F, 9]`.
     """
-    physics = _PHYSICS[partition]
-    words = [spec.seed, PARTITIONS.index(partition), ("train", "heldout").index(split), index]
+    words = [spec.seed, (*PARTITIONS, *PROBES).index(partition), ("train", "heldout").index(split), index]
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
-    # Without inner walls the block should slide freely: a draw that reaches the rim is thrown away (the corners of the
-    # largest blocks may touch it, or hardly any room would be left). Between walls it is enough to stay in the arena.
-    for _ in range(_MAX_DRAWS):
-        setup = _draw_setup(physics, random, spec.frames)
+    if partition == "hidden":
+        setup = _draw_hidden(random, spec.frames)
         truth = _run_physics(setup, spec.frames)
-        margin = _WALL_THICKNESS + (0.0 if physics.walls else min(0.9 * setup.side, 22.5))
-        if bool(((truth[:, :2] > margin) & (truth[:, :2] < VIEW - margin)).all()):
-            break
     else:
-        raise AssertionError(f"no usable draw for {partition}/{split}/{index} in {_MAX_DRAWS}")
-    scene = Scene(setup.side, physics.palette, setup.walls)
-    actions = np.zeros((spec.frames - 1, 2), np.float32)
-    actions[0] = np.asarray(setup.impulse) / FULL_IMPULSE
+        setup, truth = _draw_free_slide(_PHYSICS[partition], random, spec.frames)
+    scene = Scene(setup.side, setup.palette, setup.walls)
     return {
         "frames": render_frames(scene, truth[:, :3], spec.size, VIEW),
-        "actions": actions,
+        "actions": (np.asarray(setup.pushes) / FULL_IMPULSE).astype(np.float32),
         "truth": truth.astype(np.float32),
     }
 
@@ -208,10 +226,11 @@ def npz_bytes(arrays: dict[str, np.ndarray], *, compress: bool = True) -> bytes:
 
 
 def _check_spec(spec: SimulationSpec) -> None:
+    known = (*PARTITIONS, *PROBES)
     problems = [
-        Problem("partitions", name, "not a partition of the simulator", nearest(name, PARTITIONS))
+        Problem("partitions", name, "not a partition of the simulator", nearest(name, known))
         for name in spec.partitions
-        if name not in PARTITIONS
+        if name not in known
     ]
     if not spec.partitions or len(set(spec.partitions)) != len(spec.partitions):
         problems.append(Problem("partitions", spec.partitions, "must name each partition once", "remove repeats"))
@@ -224,10 +243,28 @@ def _check_spec(spec: SimulationSpec) -> None:
         raise DataError(problems)
 
 
-def _draw_setup(physics: _Physics, random: np.random.Generator, frames: int) -> _Setup:
+def _uniform(random: np.random.Generator) -> Uniform:
     # Only `random()` is used: plain doubles of PCG64 are the part of numpy's streams least likely to change.
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(random.random())
+    return lambda low, high: low + (high - low) * float(random.random())
+
+
+def _draw_free_slide(physics: _Physics, random: np.random.Generator, frames: int) -> tuple[_Setup, np.ndarray]:
+    """Return a draw and its poses f64 `[F, 9]`.
+
+    Without inner walls the block should slide freely: a draw that reaches the rim is thrown away (the corners of the
+    largest blocks may touch it, or hardly any room would be left). Between walls it is enough to stay in the arena.
+    """
+    for _ in range(_MAX_DRAWS):
+        setup = _draw_setup(physics, random, frames)
+        truth = _run_physics(setup, frames)
+        margin = _WALL_THICKNESS + (0.0 if physics.walls else min(0.9 * setup.side, 22.5))
+        if bool(((truth[:, :2] > margin) & (truth[:, :2] < VIEW - margin)).all()):
+            return setup, truth
+    raise AssertionError(f"no usable draw in {_MAX_DRAWS}")
+
+
+def _draw_setup(physics: _Physics, random: np.random.Generator, frames: int) -> _Setup:
+    uniform = _uniform(random)
 
     def choose(options: tuple[float, ...]) -> float:
         return options[int(random.random() * len(options))]
@@ -254,10 +291,64 @@ def _draw_setup(physics: _Physics, random: np.random.Generator, frames: int) -> 
         friction=friction,
         start=(start[0], start[1]),
         angle=uniform(0, 2 * math.pi),
-        impulse=(nominal_mass * speed * ahead[0], nominal_mass * speed * ahead[1]),
+        pushes=((nominal_mass * speed * ahead[0], nominal_mass * speed * ahead[1]), *[(0.0, 0.0)] * (frames - 2)),
         lever=lever,
-        walls=(*_rim(), _draw_wall(start, ahead, side, distance, uniform)) if physics.walls else _rim(),
+        walls=(*rim(), _draw_wall(start, ahead, side, distance, uniform)) if physics.walls else rim(),
+        palette=physics.palette,
     )
+
+
+def _draw_hidden(random: np.random.Generator, frames: int) -> _Setup:
+    uniform = _uniform(random)
+    # Even in 1 / mass and 1 / friction: a push carries the block in proportion to 1 / (mass^2 friction).
+    mass, friction = (1 / uniform(1 / high, 1 / low) for low, high in (HIDDEN_MASS, HIDDEN_FRICTION))
+    start, pushes = _draw_pushes(uniform, frames)
+    return _Setup(
+        side=BLOCK_SIDE,
+        mass=mass,
+        friction=friction,
+        start=start,
+        angle=uniform(0, 2 * math.pi),
+        pushes=pushes,
+        lever=0.0,
+        walls=rim(),
+        palette=WOOD,
+        pace=_HIDDEN_PACE,
+    )
+
+
+def _draw_pushes(uniform: Uniform, frames: int) -> tuple[Vector, tuple[Vector, ...]]:
+    """Return start and pushes of a `hidden` clip that carry no block of its range into the rim.
+
+    Other masses and frictions shrink a path towards its start, so the longest path decides. After the pause every
+    point the block may rest on by then counts as start: the way a push points must not tell where it has come from.
+    """
+    low, high = _HIDDEN_MARGIN, VIEW - _HIDDEN_MARGIN
+    for _ in range(_MAX_DRAWS):
+        start = (uniform(low, high), uniform(low, high))
+        ends, pushes = [start], []
+        for transition in range(frames - 1):
+            if transition == HIDDEN_PAUSE:
+                ends.append(start)
+                pushes.append((0.0, 0.0))
+            elif drawn := _draw_push(uniform, ends):
+                ends, push = drawn
+                pushes.append(push)
+        if len(pushes) == frames - 1:
+            return start, tuple(pushes)
+    raise AssertionError(f"no usable draw in {_MAX_DRAWS}")
+
+
+def _draw_push(uniform: Uniform, ends: list[Vector]) -> tuple[list[Vector], Vector] | None:
+    """Return where a push carries the block of least mass and friction from each of `ends`, and its impulse."""
+    for _ in range(_MAX_DRAWS):
+        reach, direction = uniform(*HIDDEN_REACH), uniform(0, 2 * math.pi)
+        ahead = (math.cos(direction), math.sin(direction))
+        moved = [(x + reach * ahead[0], y + reach * ahead[1]) for x, y in ends]
+        if all(_HIDDEN_MARGIN < part < VIEW - _HIDDEN_MARGIN for point in moved for part in point):
+            impulse = HIDDEN_MASS[0] * math.sqrt(2 * HIDDEN_FRICTION[0] * GRAVITY * reach)
+            return moved, (impulse * ahead[0], impulse * ahead[1])
+    return None
 
 
 def _speed_for(distance: float, deceleration: float, duration: float) -> float:
@@ -268,7 +359,8 @@ def _speed_for(distance: float, deceleration: float, duration: float) -> float:
     return distance / duration + deceleration * duration / 2
 
 
-def _rim() -> tuple[Wall, ...]:
+def rim() -> tuple[Wall, ...]:
+    """Return the walls around every table."""
     low, high = _RIM, VIEW - _RIM
     return (
         Wall((0, low), (VIEW, low), _WALL_THICKNESS),
@@ -283,7 +375,7 @@ def _draw_wall(
     ahead: tuple[float, float],
     side: float,
     distance: float,
-    uniform: Callable[[float, float], float],
+    uniform: Uniform,
 ) -> Wall:
     axis = 0 if abs(ahead[0]) > abs(ahead[1]) else 1
     clearance = 0.72 * side + _WALL_THICKNESS / 2
@@ -324,15 +416,19 @@ def _run_physics(setup: _Setup, frames: int) -> np.ndarray:
 
     rows = []
     for frame in range(frames):
-        if frame == 1:
-            length = math.hypot(*setup.impulse)
-            across = (-setup.impulse[1] / length * setup.lever, setup.impulse[0] / length * setup.lever)
-            point = (body.position.x + across[0], body.position.y + across[1])
-            body.apply_impulse_at_world_point(setup.impulse, point)
         if frame:
-            for _ in range(_SUBSTEPS):
+            _push(body, setup.pushes[frame - 1], setup.lever)
+            for _ in range(_SUBSTEPS * setup.pace):
                 space.step(1 / _SUBSTEPS)
         rows.append(
             [*body.position, body.angle, *body.velocity, body.angular_velocity, setup.mass, setup.friction, setup.side]
         )
     return np.asarray(rows)
+
+
+def _push(body: pymunk.Body, impulse: Vector, lever: float) -> None:
+    length = math.hypot(*impulse)
+    if length:
+        across = (-impulse[1] / length * lever, impulse[0] / length * lever)
+        point = (body.position.x + across[0], body.position.y + across[1])
+        body.apply_impulse_at_world_point(impulse, point)

@@ -71,7 +71,7 @@ def run_demo(overrides: Sequence[str], bar: Bar) -> dict[str, Any]:
     settings = [*settings, f"data.path={data.absolute()}", f"run.dir={path}"]
     preflight(load_config(settings), Launch(world_size=config.demo.ranks))
     with _timed(seconds, "train"):
-        _train(path, config.demo.ranks, settings)
+        train_ranks(path, config.demo.ranks, settings)
     with _timed(seconds, "eval"):
         result = evaluate_run(path, [], pixels)
     result["run"]["command"] = " ".join(["hopescale", "demo", *overrides])
@@ -101,8 +101,26 @@ def make_data(config: Config, bar: Bar, seconds: dict[str, float], cached: list[
     Returns:
         Folders of the pixels and of the data set.
     """
-    root = Path(config.demo.cache)
     spec = SMOKE if config.demo.preset == "smoke" else SimulationSpec()
+    return make_clips(spec, Path(config.demo.cache), config.demo.preset, bar, seconds, cached)
+
+
+def make_clips(
+    spec: SimulationSpec, root: Path, name: str, bar: Bar, seconds: dict[str, float], cached: list[str]
+) -> tuple[Path, Path]:
+    """Pixels, features and shards of simulated clips, made where they are not there yet.
+
+    Args:
+        spec: what to simulate.
+        root: folder of all cached results.
+        name: of the link beside them that names the data set, whatever its content.
+        bar: makes a progress display for a named stage.
+        seconds: filled with the time of each stage.
+        cached: filled with the names of stages that were there already.
+
+    Returns:
+        Folders of the pixels and of the data set.
+    """
 
     def stage(name: str, key: str, build: Callable[[Path], object]) -> Path:
         with _timed(seconds, name):
@@ -124,7 +142,7 @@ def make_data(config: Config, bar: Bar, seconds: dict[str, float], cached: list[
         content_key(*shards_key_parts(_digest(features / FEATURES_FILE))),
         lambda out: shard(features, out, progress=bar("shard")),
     )
-    return pixels, _name_link(root / config.demo.preset, shards)
+    return pixels, _name_link(root / name, shards)
 
 
 def _name_link(link: Path, folder: Path) -> Path:
@@ -150,7 +168,17 @@ def _settings(overrides: Sequence[str]) -> list[str]:
     return ["experiment=demo", *overrides, *([f"train.steps={SMOKE_STEPS}"] if smoke else [])]
 
 
-def _train(path: Path, ranks: int, settings: Sequence[str]) -> None:
+def train_ranks(path: Path, ranks: int, settings: Sequence[str]) -> None:
+    """Train on ranks of this machine, and wait for them.
+
+    Args:
+        path: run folder that the settings name.
+        ranks: processes to start.
+        settings: `group=file` and `section.field=value`.
+
+    Raises:
+        TrainingFailed: the run did not finish.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "hopescale.train", *settings]
     ended = subprocess.run(command, check=False)

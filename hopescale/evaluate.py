@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from data_pipeline.batch import ClipBatch
 from data_pipeline.order import rank_share
 from data_pipeline.reader import ClipReader
+from hopescale.model.ahead import jump, roll_out
 from hopescale.model.objective import distance
 from hopescale.model.predictor import normalise
 
-SKILLS = ("skill_one_step", "skill_far", "skill_jump")
+SKILLS = ("skill_one_step", "skill_far", "skill_jump", "skill_context")
+CONTEXT = 4
+"""True frames that the figures called `context` start from."""
 
 
 @dataclass
@@ -74,10 +77,13 @@ def held_out_errors(
     reader: ClipReader,
     *,
     jump_horizons: int,
+    jump_context: int = 1,
+    context: int = CONTEXT,
     device: torch.device,
     batch_size: int = 16,
     rank: int = 0,
     world_size: int = 1,
+    shuffled: bool = False,
     ablations: bool = False,
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Errors:
@@ -86,22 +92,26 @@ def held_out_errors(
     Args:
         model: predictor; left as it is.
         reader: of the held-out clips.
-        jump_horizons: jump targets are this many last frames.
+        jump_horizons: jump targets are this many last frames; 0 for a model that cannot jump.
+        jump_context: true frames a jump is made from; copy-last repeats the last of them.
+        context: true frames given before the rollout called `context`, which clips no longer than that have no part in.
         device: of the model.
         batch_size: clips in one forward.
         rank: of this process.
         world_size: processes that share the clips.
-        ablations: also run with rotated actions, and with memory writes disabled.
+        shuffled: also predict one step with rotated actions, which costs one more pass over the true frames.
+        ablations: that, and also run rollouts with rotated actions, with memory writes disabled, and without the frames
+            before the newest.
         guard: wraps each read, so that ranks can share what goes wrong in one.
     """
     names = sorted(set(reader.partitions))
     errors = Errors(len(names))
     mean_frame = reader.mean_frame().to(device)
-    partners = _next_in_partition(reader.partitions) if ablations else None
+    partners = _next_in_partition(reader.partitions) if shuffled or ablations else None
     for rows, real_rows in _rows(reader.num_clips, batch_size, rank, world_size):
         with guard():
             clips = reader.read(rows)
-            others = None if partners is None else reader.read(partners[rows]).actions.to(device)
+            others = None if partners is None else reader.read_actions(partners[rows]).to(device)
         clips = (clips if real_rows else clips.without_weight()).to(device)
         part = torch.tensor([names.index(p) for p in clips.partitions])
         # A sharded model gathers on every call, so a rank whose clips have run out still takes part, with weight 0.
@@ -118,15 +128,19 @@ def held_out_errors(
         add("rollout", distance(predicted, truth[:, 1:], "l1"))
         add("copy_last", distance(truth[:, :1], truth[:, 1:], "l1"))
         add("mean_frame", distance(mean_frame, truth[:, 1:], "l1"))
-        jumped = jump_error(model, clips, truth, jump_horizons)
-        aims = slice(truth.shape[1] - 1 - jump_horizons, None)
-        add("jump", jumped, later[:, aims])
-        add("jump_copy_last", distance(truth[:, :1], truth[:, 1:], "l1")[:, aims], later[:, aims])
-        if others is not None:
+        if jump_horizons:
+            aims, newest = slice(truth.shape[1] - 1 - jump_horizons, None), slice(jump_context - 1, jump_context)
+            add("jump", jump_error(model, clips, truth, jump_horizons, jump_context), later[:, aims])
+            add("jump_copy_last", distance(truth[:, newest], truth[:, 1:], "l1")[:, aims], later[:, aims])
+        if truth.shape[1] > context:
+            for name, error in context_errors(model, clips, truth, context, ablations=ablations):
+                add(name, error, later[:, context - 1 :])
+        if ablations:
             add("one_step_writes_off", one_step_error(model, clips, truth, writes=False))
             add("rollout_writes_off", distance(rollout(model, clips, writes=False), truth[:, 1:], "l1"))
-            add("one_step_shuffled", one_step_error(model, clips, truth, actions=others))
             add("rollout_shuffled", distance(rollout(model, clips, actions=others), truth[:, 1:], "l1"))
+        if others is not None:
+            add("one_step_shuffled", one_step_error(model, clips, truth, actions=others))
     return errors
 
 
@@ -141,46 +155,78 @@ def one_step_error(
 
 
 def rollout(
-    model: nn.Module, clips: ClipBatch, *, actions: Tensor | None = None, writes: bool = True
-) -> Float[Tensor, "clips transitions patches channels"]:
-    """Frames 1 .. T predicted from frame 0 and all actions, feeding each prediction back and carrying the state."""
+    model: nn.Module,
+    clips: ClipBatch,
+    *,
+    actions: Tensor | None = None,
+    first: int = 0,
+    context: int = 1,
+    writes: bool = True,
+) -> Float[Tensor, "clips predicted patches channels"]:
+    """The frames after true frames first .. first + context - 1, feeding each prediction back and carrying the state.
+
+    All actions are given. A clip looked at from a later `first` frame on begins there: frames are numbered anew.
+    """
     given = clips.actions if actions is None else actions
-    frame, state, predicted = clips.features[:, :1], None, []
-    for t in range(given.shape[1]):
-        states = None if clips.states is None else clips.states[:, t : t + 1]
-        step = model(frame, given[:, t : t + 1], states, state=state, frame_offset=t, writes=writes, keep_state=True)
-        frame, state = step.frames, step.state
-        predicted.append(frame)
-    return torch.cat(predicted, dim=1)
+    states = None if clips.states is None else clips.states[:, first:]
+    steps = given.shape[1] + 1 - first - context
+    return roll_out(
+        model, clips.features[:, first:], given[:, first:], states, context=context, steps=steps, writes=writes
+    )
 
 
-def jump_error(model: nn.Module, clips: ClipBatch, truth: Tensor, horizons: int) -> Float[Tensor, "clips horizons"]:
-    """Error of predicting each of the last `horizons` frames straight from frame 0."""
-    errors = []
-    states = None if clips.states is None else clips.states[:, :1]
-    for frame in range(truth.shape[1] - horizons, truth.shape[1]):
-        target = torch.full((len(truth),), frame, device=truth.device)
-        prediction = model(clips.features[:, :1], clips.actions[:, :1], states, target=target)
-        errors.append(distance(prediction.frames[:, 0], truth[:, frame], "l1"))
-    return torch.stack(errors, dim=1)
+def context_errors(
+    model: nn.Module, clips: ClipBatch, truth: Tensor, context: int, *, ablations: bool
+) -> Iterator[tuple[str, Float[Tensor, "clips predicted"]]]:
+    """Errors, by name, of the frames after `context` true ones, against copying the newest of these.
+
+    Without writes, or seeing the newest alone, the model cannot know what only the frames before it told.
+    """
+    newest, goal = context - 1, truth[:, context:]
+    yield "context", distance(rollout(model, clips, context=context), goal, "l1")
+    yield "context_copy_last", distance(truth[:, newest:context], goal, "l1")
+    if ablations:
+        yield "context_writes_off", distance(rollout(model, clips, context=context, writes=False), goal, "l1")
+        yield "context_no_past", distance(rollout(model, clips, first=newest), goal, "l1")
+
+
+def jump_error(
+    model: nn.Module, clips: ClipBatch, truth: Tensor, horizons: int, context: int
+) -> Float[Tensor, "clips horizons"]:
+    """Error of predicting each of the last `horizons` frames straight from the first `context`."""
+    last = range(truth.shape[1] - horizons, truth.shape[1])
+    targets = [torch.full((len(truth),), frame, device=truth.device) for frame in last]
+    predicted = jump(model, clips.features, clips.actions, clips.states, targets, context=context)
+    return distance(predicted, truth[:, -horizons:], "l1")
 
 
 def summarise(errors: Errors, partitions: Sequence[str]) -> dict[str, Any]:
     """Skills, ratios and baselines of each partition, and their mean over partitions.
 
     Returns:
-        Means at the top level; each partition's own under "partitions"; None where no clip is long enough.
+        Means at the top level; each partition's own under "partitions"; None where no clip is long enough, or the
+        model cannot do it.
     """
     every, last = slice(None), slice(-1, None)
     columns = {
         "skill_one_step": errors.skill("one_step", "one_step_copy_last", every),
         "skill_far": errors.skill("rollout", "copy_last", last),
-        "skill_jump": errors.skill("jump", "jump_copy_last", every),
+        "skill_jump": torch.full((len(partitions),), torch.nan),
+        "skill_context": torch.full((len(partitions),), torch.nan),
     }
+    if "jump" in errors.sums:
+        columns["skill_jump"] = errors.skill("jump", "jump_copy_last", every)
+    if "context" in errors.sums:
+        columns["skill_context"] = errors.skill("context", "context_copy_last", every)
+    if "one_step_shuffled" in errors.sums:
+        columns["action_sensitivity"] = errors.overall("one_step_shuffled", every) - errors.overall("one_step", every)
     if "rollout_shuffled" in errors.sums:
         for kind in ("shuffled", "writes_off"):
             columns[f"{kind}_ratio_one_step"] = errors.ratio(f"one_step_{kind}", "one_step", every)
             columns[f"{kind}_ratio_far"] = errors.ratio(f"rollout_{kind}", "rollout", last)
+    if "context_no_past" in errors.sums:
+        for kind in ("writes_off", "no_past"):
+            columns[f"{kind}_ratio_context"] = errors.ratio(f"context_{kind}", "context", every)
     baselines = {
         "copy_last_one_step": errors.overall("one_step_copy_last", every),
         "copy_last_far": errors.overall("copy_last", last),

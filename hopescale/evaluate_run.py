@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_pipeline.cache import write_json
 from data_pipeline.pixels import read_frames
@@ -21,8 +22,9 @@ from hopescale.config.compose import validate, with_overrides
 from hopescale.config.schema import Config
 from hopescale.errors import CheckpointError, ConfigError, Problem
 from hopescale.evaluate import Errors, held_out_errors, rollout, summarise, surprise_by_frame
-from hopescale.model.block import HopeBlock
-from hopescale.model.predictor import HopePredictor, normalise
+from hopescale.model.build import HOPE_BLOCKS, Predictor, build_predictor
+from hopescale.model.predictor import normalise
+from hopescale.model.teaching import at_step
 from hopescale.parallel.process_group import Launch, choose_device, prepare_process
 from hopescale.preflight import open_held_out
 from hopescale.run_folder import RunFolder
@@ -55,15 +57,22 @@ def evaluate_run(path: Path, overrides: Sequence[str], pixels: Path | None = Non
     device = choose_device(config.parallel, Launch())
     prepare_process(config.parallel, Launch(), device)
     held_out = open_held_out(config)
-    model = HopePredictor(config.model).to(device).eval()
+    model = build_predictor(config.model).to(device).eval()
     load_tensors(checkpoint, contents.tensors(model, None))
+    predictor = at_step(model, config.model.cms, manifest["state"]["step"])
 
+    jump_horizons = config.objective.jump_horizons if config.model.can_jump else 0
     errors = held_out_errors(
-        model, held_out, jump_horizons=config.objective.jump_horizons, device=device, ablations=True
+        predictor,
+        held_out,
+        jump_horizons=jump_horizons,
+        jump_context=config.objective.jump_context,
+        device=device,
+        ablations=True,
     )
     partitions = sorted(set(held_out.partitions))
     run.report.mkdir(parents=True, exist_ok=True)
-    _write_arrays(run.report / "evaluation.npz", config, model, held_out, errors, device, pixels)
+    _write_arrays(run.report / "evaluation.npz", config, model, predictor, held_out, errors, device, pixels)
     result = {
         **summarise(errors, partitions),
         "seconds": {"eval": round(time.monotonic() - began, 2)},
@@ -107,7 +116,8 @@ def newest(root: Path) -> Path:
 def _write_arrays(
     path: Path,
     config: Config,
-    model: HopePredictor,
+    model: Predictor,
+    predictor: nn.Module,
     reader: ClipReader,
     errors: Errors,
     device: torch.device,
@@ -116,9 +126,10 @@ def _write_arrays(
     partitions = sorted(set(reader.partitions))
     clips = reader.read(_sample_rows(reader)).to(device)
     truth = normalise(clips.features)
-    predicted = torch.cat([truth[:, :1], rollout(model, clips)], dim=1)
-    hope = [(n, b) for n, b in enumerate(model.blocks) if isinstance(b, HopeBlock)]
+    predicted = torch.cat([truth[:, :1], rollout(predictor, clips)], dim=1)
+    hope = [(n, b) for n, b in enumerate(model.blocks) if isinstance(b, HOPE_BLOCKS)]
     active = [b.cms.active_levels(reader.frames - 1) for _, b in hope if b.cms is not None]
+    levels = config.model.cms.levels if active else ()
     arrays: dict[str, Any] = {
         "horizons": np.arange(1, reader.frames),
         "partitions": np.array(partitions),
@@ -127,10 +138,10 @@ def _write_arrays(
         "sample_partitions": np.array(clips.partitions),
         "sample_truth": truth.cpu().numpy(),
         "sample_prediction": predicted.cpu().numpy(),
-        "surprise": surprise_by_frame(model, reader, config.model.memory.chunk_size, device),
+        "surprise": surprise_by_frame(predictor, reader, config.model.memory.chunk_size, device),
         "surprise_blocks": np.array([n for n, _ in hope], dtype=np.int64),
-        "cms_active": np.array(active, dtype=bool).reshape(len(active), -1, reader.frames - 1),
-        "cms_periods": np.array([level.period for level in config.model.cms.levels] if active else [], dtype=np.int64),
+        "cms_active": np.array(active, dtype=bool).reshape(len(active), len(levels), reader.frames - 1),
+        "cms_periods": np.array([level.period for level in levels], dtype=np.int64),
     }
     names = {
         "rollout_error": "rollout",

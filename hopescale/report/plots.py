@@ -19,11 +19,13 @@ _LOSSES = (
     ("loss", "total", style.INK),
     ("loss_teacher", "teacher forcing", style.BLUE),
     ("loss_jump", "jump", style.ORANGE),
+    ("loss_rollout", "rollout", style.TEAL),
 )
 _SKILLS = (
     ("skill_one_step", "one step", style.BLUE),
     ("skill_far", "far rollout", style.TEAL),
     ("skill_jump", "jump", style.ORANGE),
+    ("skill_context", "from 4 frames", style.PURPLE),
 )
 _HORIZON_LINES = (
     ("mean_frame_error", "mean frame", style.MEAN_FRAME),

@@ -56,7 +56,16 @@ def print_result(result: Mapping[str, Any]) -> None:
         table.add_row(*(Text(cell) for cell in row))
     table.add_section()
     table.add_row(*(Text(cell, style="bold") for cell in rows[-1]))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if result.get("skill_context") is not None:
+        console.print(Text(f"mean of the frames after four true ones: {_context_figures(result)}"))
+
+
+def _context_figures(result: Mapping[str, Any]) -> str:
+    ratios = (("writes_off_ratio_context", "writes off"), ("no_past_ratio_context", "newest frame alone"))
+    measured = [f"{title} {number(result[key])}" for key, title in ratios if result.get(key) is not None]
+    return "; ".join([f"skill {number(result['skill_context'])}", *measured])
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:

@@ -46,6 +46,9 @@ class InMemory:
         del positions
         return collate([self.clips[row] for row in rows], FRAMES, rows, np.ones(len(rows)))
 
+    def read_actions(self, rows: np.ndarray) -> Tensor:
+        return self.read(rows).actions
+
     def mean_frame(self) -> Tensor:
         return torch.linspace(-1, 1, PATCHES * CHANNELS).view(PATCHES, CHANNELS)
 
@@ -133,8 +136,8 @@ def test_ranks_add_up_in_one_reduction() -> None:
 
 
 def test_repeating_the_last_frame_has_no_skill() -> None:
-    summary = summarise(measure(Scripted(), InMemory()), ["a", "b", "c"])
-    for name in ("skill_one_step", "skill_far", "skill_jump"):
+    summary = summarise(measure(Scripted(), InMemory(), context=2), ["a", "b", "c"])
+    for name in ("skill_one_step", "skill_far", "skill_jump", "skill_context"):
         assert summary[name] == pytest.approx(0, abs=1e-5)
         assert summary["partitions"]["b"][name] == pytest.approx(0, abs=1e-5)
     assert "shuffled_ratio_far" not in summary
@@ -231,6 +234,70 @@ def test_rollout_sees_the_first_frame_then_its_own_predictions() -> None:
         if t:
             assert torch.equal(asked["features"], predicted[:, t - 1 : t])
             assert asked["state"] == (t,)
+    assert [asked["keep_state"] for asked in model.asked] == [True, True, False], "nothing reads the last write"
+
+
+def test_rollout_with_context_sees_all_true_frames_in_one_pass_and_nothing_true_after_them() -> None:
+    model, clips = Scripted(shift=0.5), InMemory().read(np.arange(2))
+    predicted = rollout(model, clips, context=2)
+    assert predicted.shape == (2, FRAMES - 2, PATCHES, CHANNELS)
+    first, then = model.asked
+    assert torch.equal(first["features"], clips.features[:, :2])
+    assert torch.equal(first["actions"], clips.actions[:, :2])
+    assert torch.equal(then["features"], predicted[:, :1])
+    assert torch.equal(then["actions"], clips.actions[:, 2:])
+    assert (first["frame_offset"], then["frame_offset"], then["state"]) == (0, 2, (1,))
+    assert [first["keep_state"], then["keep_state"]] == [True, False]
+
+
+def test_a_rollout_from_a_later_frame_knows_nothing_of_the_frames_before() -> None:
+    model, clips = predictor(), InMemory().read(np.arange(2))
+    later = rollout(model, clips, first=1)
+    assert later.shape == (2, FRAMES - 2, PATCHES, CHANNELS)
+    clips.features[:, 0] += 1
+    clips.actions[:, 0] += 1
+    assert torch.equal(rollout(model, clips, first=1), later)
+    assert not torch.equal(rollout(model, clips, context=2), later)
+
+
+def test_context_errors_equal_those_of_each_clip_alone_where_it_is_long_enough() -> None:
+    model, reader = predictor(), InMemory(lengths=[4, 3, 4, 4, 2, 3])
+    errors = measure(model, reader, context=2, batch_size=4, ablations=True)
+    names = ("context", "context_copy_last", "context_writes_off", "context_no_past")
+    expected = {name: torch.zeros(3, 2, dtype=torch.float64) for name in names}
+    counts = torch.zeros(3, 2, dtype=torch.float64)
+    for row, clip in enumerate(reader.clips):
+        truth, part = normalise(clip.features), "abc".index(clip.partition)
+        whole = reader.read(np.array([row]))
+        rollouts = {
+            "context": rollout(model, whole, context=2)[0],
+            "context_copy_last": truth[1:2].expand(2, -1, -1),
+            "context_writes_off": rollout(model, whole, context=2, writes=False)[0],
+            "context_no_past": rollout(model, whole, first=1)[0],
+        }
+        for frame in range(2, len(truth)):
+            counts[part, frame - 2] += 1
+            for name, predicted in rollouts.items():
+                expected[name][part, frame - 2] += float(distance(predicted[frame - 2], truth[frame], "l1").detach())
+    for name, total in expected.items():
+        torch.testing.assert_close(errors.sums[name], total, rtol=1e-5, atol=1e-6)
+        assert torch.equal(errors.counts[name], counts)
+    summary = summarise(errors, ["a", "b", "c"])
+    assert summary["partitions"]["c"]["skill_context"] == pytest.approx(
+        1 - float(expected["context"][2].sum() / expected["context_copy_last"][2].sum()), rel=1e-5
+    )
+    assert summary["partitions"]["b"]["no_past_ratio_context"] == pytest.approx(
+        float(expected["context_no_past"][1].sum() / expected["context"][1].sum()), rel=1e-5
+    )
+
+
+def test_clips_no_longer_than_the_context_leave_its_skill_undefined() -> None:
+    summary = summarise(measure(predictor(), InMemory(), context=FRAMES, ablations=True), ["a", "b", "c"])
+    assert summary["skill_context"] is None
+    assert summary["skill_one_step"] is not None
+    some = summarise(measure(predictor(), InMemory(lengths=[4, 2, 4, 2, 4, 4]), context=2), ["a", "b", "c"])
+    assert some["partitions"]["b"]["skill_context"] is None
+    assert some["partitions"]["a"]["skill_context"] is not None
 
 
 def test_jumps_aim_at_each_of_the_last_frames() -> None:
@@ -240,19 +307,42 @@ def test_jumps_aim_at_each_of_the_last_frames() -> None:
     assert targets == [[2] * 6, [3] * 6]
 
 
+def test_a_model_that_cannot_jump_is_asked_for_none_and_has_no_skill_in_it() -> None:
+    model, reader = Scripted(), InMemory()
+    errors = held_out_errors(model, cast(ClipReader, reader), jump_horizons=0, device=CPU)
+    assert not [asked for asked in model.asked if asked.get("target") is not None]
+    result = summarise(errors, sorted(set(reader.partitions)))
+    assert result["skill_jump"] is None
+    assert result["skill_one_step"] is not None
+
+
+def test_jumps_from_a_longer_context_are_measured_against_its_last_frame() -> None:
+    model, reader = Scripted(), InMemory()
+    errors = measure(model, reader, jump_context=2)
+    jumps = [asked for asked in model.asked if "target" in asked]
+    assert [asked["frame_offset"] for asked in jumps] == [1, 1]
+    assert all(torch.equal(asked["features"], torch.stack([c.features[1:2] for c in reader.clips])) for asked in jumps)
+    # One pass over the frames before it serves both targets.
+    assert [asked["state"] for asked in jumps] == [(1,), (1,)]
+    # What repeats the newest frame of the context is as good as the baseline.
+    torch.testing.assert_close(errors.sums["jump"], errors.sums["jump_copy_last"], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(errors.sums["jump"], measure(model, reader).sums["jump"])
+
+
 def test_the_top_level_is_the_mean_over_partitions() -> None:
-    summary = summarise(measure(predictor(), InMemory(), ablations=True), ["a", "b", "c"])
+    summary = summarise(measure(predictor(), InMemory(), context=2, ablations=True), ["a", "b", "c"])
     rows = summary["partitions"].values()
     names = summary.keys() - {"partitions", "baselines"}
     assert names == {
         f"{kind}_{span}"
         for kind, spans in {
-            "skill": ("one_step", "far", "jump"),
+            "skill": ("one_step", "far", "jump", "context"),
             "shuffled_ratio": ("one_step", "far"),
-            "writes_off_ratio": ("one_step", "far"),
+            "writes_off_ratio": ("one_step", "far", "context"),
+            "no_past_ratio": ("context",),
         }.items()
         for span in spans
-    }
+    } | {"action_sensitivity"}
     for name in names:
         assert summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
     for name, value in summary["baselines"].items():

@@ -39,3 +39,12 @@ def test_console_table_prints_names_that_look_like_markup(
     assert "writes" in printed
     assert "0.700" in printed
     assert "…" not in printed
+
+
+def test_figures_after_true_frames_stand_under_the_table_where_they_were_measured(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables.print_result(result | {"skill_context": None})
+    assert "true ones" not in capsys.readouterr().out
+    tables.print_result(result | {"skill_context": 0.25, "no_past_ratio_context": 1.5})
+    assert "skill 0.250; newest frame alone 1.500" in " ".join(capsys.readouterr().out.split())

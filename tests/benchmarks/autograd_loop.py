@@ -1,0 +1,70 @@
+"""The memories of an H block the obvious way: `torch.autograd.grad` for each memory and chunk.
+
+Same semantics and outer gradients as `TitanMemory` with its default rule; clips and heads are batched, so that only the
+way of writing differs. What `model.py` measures the closed form against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hopescale.model.schema import MEMORIES
+from hopescale.model.titan import ALPHA, ETA, KEY, MAIN, VALUE, TitanMemory
+
+
+def autograd_loop(titan: TitanMemory, x: Tensor) -> Tensor:
+    """Output [batch, frames, tokens, width] of a pass over x, the last chunk not written."""
+    config, (batch, frames, tokens) = titan.config, x.shape[:3]
+    heads = config.heads
+    fast = [[w[m].expand(batch, *w[m].shape) for w in (titan.w1, titan.w2)] for m in range(len(MEMORIES))]
+    outputs = []
+    for frame in range(frames):
+        inputs = split(x[:, frame], heads)
+        query = F.normalize(split(titan.query(x[:, frame]), heads), dim=-1)
+        read = [normed(titan, m, recall(*fast[m], query if m == MAIN else inputs)) for m in range(len(MEMORIES))]
+        outputs.append(read[MAIN])
+        if frame == frames - 1:
+            break
+        key, value = (F.normalize(split(read[m], heads), dim=-1) for m in (KEY, VALUE))
+        step = torch.sigmoid(split(read[ETA], heads).mean(-1, keepdim=True)) * config.eta_max / tokens
+        keep = torch.sigmoid(split(read[ALPHA], heads).mean((-2, -1), keepdim=True) + config.retention_bias)
+        for m in range(len(MEMORIES)):
+            fast[m] = written(fast[m], key, value, step, keep, config.write_limit)
+    return titan.out(torch.stack(outputs, dim=1))
+
+
+def written(memory: list[Tensor], key: Tensor, value: Tensor, step: Tensor, keep: Tensor, limit: float) -> list[Tensor]:
+    """One memory after one write."""
+    target = recall(memory[0].detach(), memory[1].detach(), value)
+    w1, w2 = memory[0].detach().requires_grad_(), memory[1].detach().requires_grad_()
+    predicted = recall(w1, w2, key)
+    gradients = torch.autograd.grad((step * (predicted - target).square()).sum(), (w1, w2), create_graph=True)
+    erased = (step * (key @ memory[0].detach().mT)).mT @ key
+    changes = gradients[0] + erased, gradients[1]
+    return [keep * w - limited(d, w.detach(), limit) for w, d in zip(memory, changes, strict=True)]
+
+
+def limited(delta: Tensor, w: Tensor, limit: float) -> Tensor:
+    """A change shrunk smoothly under `limit` times the norm of w."""
+    ratio = torch.linalg.vector_norm(delta, dim=(-2, -1), keepdim=True) / torch.linalg.vector_norm(
+        w, dim=(-2, -1), keepdim=True
+    )
+    return delta * torch.rsqrt(1 + (ratio / limit).square())
+
+
+def recall(w1: Tensor, w2: Tensor, z: Tensor) -> Tensor:
+    """One memory of all clips and heads."""
+    return z + F.gelu(z @ w1.mT) @ w2.mT
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, width] as [batch, heads, tokens, features]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def normed(titan: TitanMemory, which: int, out: Tensor) -> Tensor:
+    """A memory's output after its LayerNorm, [batch, tokens, width]."""
+    merged = F.layer_norm(out.transpose(1, 2).flatten(2), (titan.out.in_features,))
+    return merged * titan.norm_weight[which] + titan.norm_bias[which]
