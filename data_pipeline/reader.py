@@ -107,7 +107,8 @@ class ClipReader:
             positions: i64 `[B]`, global sample positions; the rows themselves when absent.
 
         Raises:
-            DataError: A shard is shorter than the index says, or bytes differ from their checksum.
+            DataError: A shard is shorter than the index says, bytes differ from their checksum, or a value is not
+                finite.
         """
         with self._lock:
             started = time.monotonic()
@@ -128,7 +129,8 @@ class ClipReader:
             rows: i64 `[B]`, rows of this reader.
 
         Raises:
-            DataError: A shard is shorter than the index says, or bytes differ from their checksum.
+            DataError: A shard is shorter than the index says, bytes differ from their checksum, or a value is not
+                finite.
         """
         with self._lock:
             started = time.monotonic()
@@ -194,8 +196,14 @@ class ClipReader:
             "actions": (length - 1, self.action_dim),
             "states": (length, self.state_dim),
         }[field]
-        values = np.frombuffer(content, self.manifest.dtypes[field]).reshape(shape)
-        return torch.from_numpy(values.astype(np.float32))
+        stored = np.frombuffer(content, self.manifest.dtypes[field]).reshape(shape)
+        values = torch.from_numpy(stored.astype(np.float32))
+        # A sum shows at a fraction of the cost whether it is worth looking at each number.
+        if not values.sum().isfinite() and not values.isfinite().all():
+            rule = f"field {field} holds values that are not finite"
+            fix = "encode and shard the clip again, or leave it out"
+            raise DataError(Problem(f"data.path: clip {self.keys[row]}", str(self.dataset), rule, fix))
+        return values
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:

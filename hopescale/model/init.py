@@ -42,8 +42,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Set every parameter of an unsharded model in place.
 
     Constants: norms 1, biases 0, the output matrix of spatial mixing 0 (a fresh block is then the block without it).
-    The norms of the eta and alpha memories alternate 1 and -1 over features. The gate of a long-term memory starts at
-    sigmoid(1) for every token.
+    The norms of the eta and alpha memories are 1 over half of the features and -1 over the rest. The gate of a
+    long-term memory starts at sigmoid(1) for every token.
     All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output projection,
     3 / sqrt(inputs) for encoders of actions, states and extrinsics, and 0.02 sqrt(384 / inputs) for other matrices.
     """
@@ -52,7 +52,7 @@ def initialise(model: nn.Module, seed: int) -> None:
         if constant is not None:
             parameter.fill_(constant)
             if fnmatchcase(name, "*.memory.norm_weight") and len(parameter) == len(MEMORIES):
-                _alternate(parameter)
+                _split_gates(parameter)
         elif fnmatchcase(name, "*_position.weight"):
             parameter.copy_(_truncated_normal(parameter, EMBEDDING_STD, seed, name))
         elif fnmatchcase(name, "*_encoder.weight"):
@@ -64,11 +64,11 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.copy_(_truncated_normal(parameter, std, seed, name))
 
 
-def _alternate(norm_weight: Tensor) -> None:
-    # Gates are means over features of normalised vectors: with equal weights they would be 0 whatever these memories
-    # say, and the memories' matrices would have no gradient.
+def _split_gates(norm_weight: Tensor) -> None:
+    # Gates are means over a head's features of vectors normalised over all: with equal weights and one head they would
+    # be 0 whatever these memories say, and the memories' matrices would have no gradient.
     for gate in ("eta", "alpha"):
-        norm_weight[MEMORIES.index(gate), 1::2] = -1
+        norm_weight[MEMORIES.index(gate), norm_weight.shape[1] // 2 :] = -1
 
 
 def _truncated_normal(like: Tensor, std: float, seed: int, name: str) -> Tensor:

@@ -226,6 +226,8 @@ def check_input(
             f"features have shape {tuple(shape)}; the model takes [batch, frames, {config.num_patches} patches, "
             f"{config.encoder_dim} channels]"
         )
+    if not shape[1]:
+        raise ValueError("features hold no frame; a pass predicts from at least one")
     last, longest = frame_offset + shape[1], config.max_frames
     if last > longest:
         raise ValueError(f"frames up to number {last - 1} are given; model.frames={config.frames} allows {longest}")

@@ -55,7 +55,8 @@ class MemoryConfig(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a memory's last write that is added to its next one; costs a second copy of every written memory."""
     surprise_gate: Annotated[float, Field(ge=0, lt=2)] = 0.0
-    """A clip's chunk is written only if its normalised surprise (0 to 2) is at least this."""
+    """A clip's chunk is written only if its normalised surprise (0 to 2) is at least this; fresh memories show 0.001 to
+    0.01, and the metric memory_surprise what trained ones do."""
     detach_interval: Annotated[int, Field(ge=0)] = 0
     """Writes between two cuts of the outer gradient's path through the memories; 0 never cuts."""
     detach_rule: Literal["keep_start", "all"] = "keep_start"
@@ -91,10 +92,9 @@ class MemoryConfig(BaseModel):
             raise ValueError("self_modify must hold main or nothing: the others reach the output through main alone")
         if self.chunk_rule == "scan" and self.self_modify not in ((), ("main",), MEMORIES):
             raise ValueError("chunk_rule=scan reads all memories but main at the start alone: set self_modify=[main]")
-        if not self.self_modify:
-            of_writes = {"chunk_rule", "meta_grad", "momentum", "surprise_gate", "detach_interval", "preconditioner"}
-            if ignored := of_writes & changed:
-                raise ValueError(f"{', '.join(sorted(ignored))} is ignored with self_modify=[]: no memory is written")
+        ignored = changed - {"heads", "hidden_multiplier", "scope", "self_modify"}
+        if not self.self_modify and ignored:
+            raise ValueError(f"{', '.join(sorted(ignored))} is ignored with self_modify=[]: no memory is written")
         return self
 
 
@@ -293,6 +293,14 @@ class ModelConfig(BaseModel):
         whole = f"times width={width} must be whole"
         rule = "must be 1 with cms.mode=online, which takes one frame at a time"
         yield self.cms.mode != "online" or memory.chunk_size == 1, "memory.chunk_size", memory.chunk_size, rule, "set 1"
+        chunks = -(-(self.frames - 1) // memory.chunk_size)
+        yield (
+            memory.detach_interval < max(chunks, 1),
+            "memory.detach_interval",
+            memory.detach_interval,
+            f"never cuts anything in a clip of {chunks} chunks",
+            "lower it, or set 0",
+        )
         yield (
             width % memory.heads == 0,
             "memory.heads",

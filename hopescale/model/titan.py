@@ -114,6 +114,8 @@ class TitanMemory(MemoryStack):
             for begin, end in _spans(x.shape[1], self.config.chunk_size)
         ]
         fast = self.start() if fast is None else fast
+        if fast.w1.shape[2] not in (1, x.shape[0]):
+            raise ValueError(f"the carried memories are those of {fast.w1.shape[2]} clips, and {x.shape[0]} are given")
         lasting, change = fast.longterm, None
         consolidate = None if self.longterm is None else consolidate
         num_writes = len(chunks) - (not keep_state) if writes else 0

@@ -150,7 +150,22 @@ def detached(fast: FastWeights) -> FastWeights:
 def anchored(fast: FastWeights, start: FastWeights) -> FastWeights:
     """W <- sg(W) + (W0 - sg(W0)): the same values, whose gradient goes to the trained memories and no further."""
     cut = detached(fast)
-    return cut._replace(w1=cut.w1 + (start.w1 - start.w1.detach()), w2=cut.w2 + (start.w2 - start.w2.detach()))
+    w1, w2 = (cast(Tensor, _Anchor.apply(w, w0)) for w, w0 in ((cut.w1, start.w1), (cut.w2, start.w2)))
+    return cut._replace(w1=w1, w2=w2)
+
+
+class _Anchor(torch.autograd.Function):
+    """Hands on the first argument as it is, and the gradient to the second: no copy, and no rounding of W0 - W0."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, start: Tensor) -> Tensor:
+        ctx.shared = start.shape[2] != w.shape[2]
+        return w.view_as(w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, g.sum(2, keepdim=True) if ctx.shared else g
 
 
 def normalised_surprise(predicted: Tensor, target: Tensor) -> Float[Tensor, "memories batch"]:
@@ -226,7 +241,7 @@ class _LimitedWrite(torch.autograd.Function):
             if w.shape[2] != g_w.shape[2]:
                 g_w = g_w.sum(2, keepdim=True)
         if ctx.needs_input_grad[1]:
-            inverse = (ratio * size).clamp_min(TINY).square().reciprocal() / scale
+            inverse = (ratio * size).clamp_min(TINY).square().reciprocal() / scale.clamp_min(TINY)
             g_delta = change.mul_(pull * inverse).addcmul_(g, used, value=-1)
         return g_w, g_delta, g_retention, None, None, None
 

@@ -18,8 +18,9 @@ def autograd_loop(titan: TitanMemory, x: Tensor) -> Tensor:
     """Output [batch, frames, tokens, width] of a pass over x, the last chunk not written."""
     config, (batch, frames, tokens) = titan.config, x.shape[:3]
     heads = config.heads
-    fast = [[w[m].expand(batch, *w[m].shape) for w in (titan.w1, titan.w2)] for m in range(len(MEMORIES))]
-    outputs = []
+    w1, w2 = (w.unsqueeze(1).expand(-1, batch, -1, -1, -1) for w in (titan.w1, titan.w2))
+    fast = [(w1[m], w2[m]) for m in range(len(MEMORIES))]
+    outputs: list[Tensor] = []
     for frame in range(frames):
         inputs = split(x[:, frame], heads)
         query = F.normalize(split(titan.query(x[:, frame]), heads), dim=-1)
@@ -35,15 +36,19 @@ def autograd_loop(titan: TitanMemory, x: Tensor) -> Tensor:
     return titan.out(torch.stack(outputs, dim=1))
 
 
-def written(memory: list[Tensor], key: Tensor, value: Tensor, step: Tensor, keep: Tensor, limit: float) -> list[Tensor]:
+def written(
+    memory: tuple[Tensor, Tensor], key: Tensor, value: Tensor, step: Tensor, keep: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
     """One memory after one write."""
     target = recall(memory[0].detach(), memory[1].detach(), value)
     w1, w2 = memory[0].detach().requires_grad_(), memory[1].detach().requires_grad_()
     predicted = recall(w1, w2, key)
-    gradients = torch.autograd.grad((step * (predicted - target).square()).sum(), (w1, w2), create_graph=True)
+    loss = (step * (predicted - target).square()).sum()
+    gradients = torch.autograd.grad(loss, (w1, w2), create_graph=True)
     erased = (step * (key @ memory[0].detach().mT)).mT @ key
-    changes = gradients[0] + erased, gradients[1]
-    return [keep * w - limited(d, w.detach(), limit) for w, d in zip(memory, changes, strict=True)]
+    change1 = limited(gradients[0] + erased, memory[0].detach(), limit)
+    change2 = limited(gradients[1], memory[1].detach(), limit)
+    return keep * memory[0] - change1, keep * memory[1] - change2
 
 
 def limited(delta: Tensor, w: Tensor, limit: float) -> Tensor:

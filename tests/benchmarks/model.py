@@ -1,7 +1,7 @@
 """Speed of the predictor, as ratios from runs that take turns in one process.
 
-`python tests/benchmarks/model.py [--threads 2] [--rounds 5] [--only NAME] [--json]` prints a table, with `--json` a list
-of {name, ratio, target, met} as the last line. About five minutes on two cores. Nothing asserts these numbers.
+`python tests/benchmarks/model.py [--threads 2] [--rounds 5] [--only NAME] [--json]` prints a table, with `--json` a
+list of {name, ratio, target, met} as the last line. About five minutes on two cores. Nothing asserts these numbers.
 """
 
 from __future__ import annotations

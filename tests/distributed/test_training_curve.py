@@ -20,10 +20,20 @@ def relative_difference(curve: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
 
 
-def test_the_loss_curve_is_the_same_on_1_2_and_4_ranks_and_in_any_micro_batches(train) -> None:
+def figures(folder: Path) -> dict[str, float]:
+    """What the last record tells of memories, levels and parameter groups."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "train"][-1]
+    inside = ("memory_", "cms_", "param_norm", "update_ratio", "dead_fraction")
+    return {key: value for key, value in last.items() if key.startswith(inside) and key != "memory_bytes"}
+
+
+def test_the_loss_curve_and_all_figures_are_the_same_on_1_2_and_4_ranks_and_in_any_micro_batches(train) -> None:
     alone = train(1, "alone", *BATCH)
     assert alone.code == 0, alone.output
     assert len(set(alone.losses)) == STEPS
+    expected = figures(alone.folder)
+    assert {"memory_drift_main", "update_ratio_titan", "dead_fraction", "cms_output_ratio_0"} <= expected.keys()
     for name, num_ranks, more in (
         ("two-ranks", 2, ()),
         ("four-uneven-ranks", 4, ()),
@@ -32,6 +42,7 @@ def test_the_loss_curve_is_the_same_on_1_2_and_4_ranks_and_in_any_micro_batches(
         run = train(num_ranks, name, *BATCH, *more)
         assert run.code == 0, run.output
         assert relative_difference(run.losses, alone.losses) < 1e-5, name
+        assert figures(run.folder) == pytest.approx(expected, rel=1e-2), name
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:

@@ -31,8 +31,12 @@ def test_metrics_can_be_scraped_while_training_and_equal_the_jsonl(small_run, tm
             run.send_signal(signal.SIGKILL)
     assert wanted > 0
     assert scraped["hopescale_clips_total"] == record["clips_total"] == 4 * wanted
-    for name in ("loss", "loss_teacher", "loss_jump", "data_wait_seconds", "data_wait_ratio", "memory_surprise"):
+    for name in ("loss", "loss_teacher", "loss_jump", "data_wait_seconds", "data_wait_ratio", "flops_per_second"):
         assert scraped[f"hopescale_{name}"] == record[name], name
+    assert scraped['hopescale_memory_surprise{frame="all"}'] == record["memory_surprise"]
+    assert scraped['hopescale_memory_drift{memory="main"}'] == record["memory_drift_main"]
+    assert scraped['hopescale_update_ratio{group="titan"}'] == record["update_ratio_titan"]
+    assert scraped['hopescale_cms_output_ratio{level="0"}'] == record["cms_output_ratio_0"]
     assert scraped['hopescale_step_seconds{rank="0"}'] == record["step_seconds"]
 
 
@@ -82,11 +86,22 @@ def test_a_run_leaves_its_folder_and_can_be_evaluated_and_reported(hopescale, sm
     result = json.loads(evaluated.stdout.splitlines()[-1])
     assert result == json.loads((run / "result.json").read_text())
     assert set(result["partitions"]) == {"base", "ice"}
-    for name in ("skill_one_step", "skill_far", "skill_jump", "shuffled_ratio_far", "writes_off_ratio_one_step"):
+    skills = ("skill_one_step", "skill_far", "skill_jump", "skill_context")
+    for name in (*skills, "shuffled_ratio_far", "writes_off_ratio_one_step", "no_past_ratio_context"):
         rows = [row[name] for row in result["partitions"].values()]
         assert result[name] == pytest.approx(sum(rows) / len(rows))
     again = json.loads(hopescale("eval", str(run), "--json").stdout.splitlines()[-1])
     assert again["partitions"] == result["partitions"]
+
+
+def test_a_model_without_memories_is_evaluated_and_reported_too(hopescale, small_run, tmp_path: Path) -> None:
+    assert hopescale("train", *small_run, "model.block_pattern=[T]", "train.steps=1").returncode == 0
+    evaluated = hopescale("eval", str(tmp_path / "run"), "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    result = json.loads(evaluated.stdout.splitlines()[-1])
+    assert result["writes_off_ratio_context"] == 1
+    reported = hopescale("report", str(tmp_path / "run"))
+    assert reported.returncode == 0, reported.stderr
 
 
 def test_early_stop_ends_a_run_whose_skill_does_not_rise(hopescale, small_run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hopescale.model.inner_gradient import gelu_curvature, inner_gradient
 from tests.unit.model.titan_cases import normal
 
-NAMES = ("w1", "w2", "key", "value", "step_size")
+NAMES: tuple[str, ...] = ("w1", "w2", "key", "value", "step_size")
 
 
 def arguments(
@@ -55,7 +55,7 @@ def by_autograd(arguments: Sequence[Tensor], preconditioner: bool) -> tuple[Tens
     for p in range(keys.shape[2]):
         key, value, step_size = (t[:, :, p : p + 1] for t in (keys, values, step_sizes))
         with torch.enable_grad():
-            loss = (recall(*inner, key) - recall(w1, w2, value)).square().sum()
+            loss = (recall(inner[0], inner[1], key) - recall(w1, w2, value)).square().sum()
             grad1, grad2 = torch.autograd.grad(loss, inner, create_graph=True)
         erased = (key @ w1.mT).mT @ key if preconditioner else 0
         delta1 = delta1 + (grad1 + erased) * step_size
@@ -107,8 +107,8 @@ def test_equals_autograd_of_the_inner_loss(preconditioner: bool, **sizes: int) -
 
 @pytest.mark.parametrize("needed", [*NAMES, "w1 w2", "key value", "w2 value"])
 def test_what_is_detached_changes_no_other_gradient(needed: str) -> None:
-    sizes = {"memories": 2, "heads": 1, "batch": 2, "tokens": 3, "features": 3, "hidden": 4}
-    everything = [leaf.requires_grad_() for leaf in arguments(**sizes, shared=True)]
+    leaves = arguments(memories=2, heads=1, batch=2, tokens=3, features=3, hidden=4, shared=True)
+    everything = [leaf.requires_grad_() for leaf in leaves]
     some = [leaf.detach().requires_grad_(name in needed.split()) for name, leaf in zip(NAMES, everything, strict=True)]
     full = dict(zip(NAMES, pulled(inner_gradient(*everything, preconditioner=True)[:2], everything), strict=True))
     wanted = [leaf for leaf in some if leaf.requires_grad]
@@ -140,7 +140,7 @@ def test_a_third_derivative_is_refused_instead_of_wrong() -> None:
     leaves = arguments(memories=1, heads=1, batch=1, tokens=2, features=2, hidden=2, shared=True)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     deltas = inner_gradient(*leaves, preconditioner=True)[:2]
-    first = torch.autograd.grad(sum(d.square().sum() for d in deltas), leaves, create_graph=True)
+    first = torch.autograd.grad(deltas[0].square().sum() + deltas[1].square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first[0].square().sum().backward()
 

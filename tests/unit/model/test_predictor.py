@@ -53,6 +53,7 @@ def test_predictions_are_layer_normalised_and_ignore_the_scale_of_features(
         ("features", (2, 4, 6, 11), "features have shape"),
         ("features", (2, 4, 5, 10), "features have shape"),
         ("features", (2, 24, 10), "features have shape"),
+        ("features", (2, 0, 6, 10), "features hold no frame"),
         ("actions", (2, 3, 3), "actions have shape"),
         ("actions", (2, 4, 2), "actions have shape"),
         ("states", (2, 4, 3), "states have shape"),

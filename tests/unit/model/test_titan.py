@@ -59,7 +59,7 @@ SHAPES = {
 
 
 def assert_equal_to_reference(titan: TitanMemory, x: Tensor) -> None:
-    """Outputs, memories after the last chunk, and the gradients of a loss over both."""
+    """Outputs, memories after the last chunk, and the gradients of a loss over both, or over outputs alone."""
     x = x.detach().requires_grad_()
     output, fast, _ = titan(x, keep_state=True)
     expected, memories = titan_reference(titan, x)
@@ -73,18 +73,26 @@ def assert_equal_to_reference(titan: TitanMemory, x: Tensor) -> None:
         )
         for side in (0, 1)
     )
-    for ours, theirs in ((output, expected), (fast.w1, expected1), (fast.w2, expected2)):
+    # A pass that keeps no state leaves out what nothing reads.
+    only_output = titan(x)[0]
+    for ours, theirs in ((output, expected), (only_output, expected), (fast.w1, expected1), (fast.w2, expected2)):
         torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same_gradients(titan, x, (output, fast.w1, fast.w2), (expected, expected1, expected2))
+    assert_same_gradients(titan, x, (only_output,), (expected,))
 
-    def loss(output: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        return sum(((t * normal(*t.shape, seed=9)).sum() for t in (output, w1, w2)), start=output.new_zeros(()))
 
-    ours = gradients(titan, loss(output, fast.w1, fast.w2), x)
-    theirs = gradients(titan, loss(expected, expected1, expected2), x)
-    for name, gradient in theirs.items():
+def assert_same_gradients(titan: TitanMemory, x: Tensor, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    """Of a random combination of these tensors, with respect to every parameter and the input."""
+
+    def pulled(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        loss = torch.stack([(t * normal(*t.shape, seed=9)).sum() for t in tensors]).sum()
+        return gradients(titan, loss, x)
+
+    found = pulled(ours)
+    for name, gradient in pulled(theirs).items():
         # Memory by memory, because the gradient of the main one would hide an error of the others.
         per_memory = name in ("w1", "w2", "norm_weight", "norm_bias")
-        pairs = zip(ours[name], gradient, strict=True) if per_memory else [(ours[name], gradient)]
+        pairs = zip(found[name], gradient, strict=True) if per_memory else [(found[name], gradient)]
         for which, (mine, other) in enumerate(pairs):
             assert (mine - other).abs().max() <= TOLERANCE * other.abs().max().clamp_min(1e-3), (name, which)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_chunk_of_single_steps_is_the_delta_rule_with_its_retention_per_token(
 
 
 def test_a_frame_step_adds_up_the_steps_of_its_tokens_and_decays_once() -> None:
-    fields = {"hidden_multiplier": 1.5, "eta_max": 2.0, "write_limit": UNLIMITED}
+    fields: dict[str, Any] = {"hidden_multiplier": 1.5, "eta_max": 2.0, "write_limit": UNLIMITED}
     titan, x = memory(4, **fields), normal(1, 1, 3, 4)
     (whole,) = titan_reference(titan, x)[1]
     keep = torch.sigmoid(reading(titan, ALPHA, x[0, 0]).mean() + 4.0)
@@ -110,7 +111,7 @@ def test_a_scan_sees_the_trained_memories_in_every_frame() -> None:
 
 
 def test_momentum_adds_a_share_of_the_change_before() -> None:
-    fields = {"chunk_rule": "scan", "retention": False, "write_limit": UNLIMITED, "eta_max": 1.0}
+    fields: dict[str, Any] = {"chunk_rule": "scan", "retention": False, "write_limit": UNLIMITED, "eta_max": 1.0}
     plain, moving, x = memory(4, **fields), memory(4, momentum=0.5, **fields), normal(1, 2, 2, 4)
     first, second = (titan_reference(plain, x[:, t : t + 1])[1][0][MAIN, 0][0] - plain.w1[MAIN, 0] for t in (0, 1))
     after = titan_reference(moving, x)[1][0][MAIN, 0][0]
@@ -118,7 +119,7 @@ def test_momentum_adds_a_share_of_the_change_before() -> None:
 
 
 def test_the_limit_is_a_smooth_bound_on_the_size_of_a_change() -> None:
-    fields = {"retention": False, "eta_max": 20.0}
+    fields: dict[str, Any] = {"retention": False, "eta_max": 20.0}
     free, bound, x = (
         memory(4, write_limit=UNLIMITED, **fields),
         memory(4, write_limit=0.1, **fields),

@@ -29,6 +29,11 @@ def fast_weights(memories: int = 2, heads: int = 2, copies: int = 2, hidden: int
     )
 
 
+def matrices(fast: FastWeights) -> list[Tensor]:
+    """W1, W2 and their momenta, if there are any."""
+    return [w for w in (fast.w1, fast.w2, fast.momentum1, fast.momentum2) if w is not None]
+
+
 def gates(heads: int = 2, batch: int = 2, tokens: int = 3, features: int = 3, eta_max: float = 2.0) -> Gates:
     key, value = (F.normalize(normal(heads, batch, tokens, features, seed=seed), dim=-1) for seed in (3, 4))
     kept = normal(heads, batch, tokens, 1, seed=6).sigmoid()
@@ -142,9 +147,11 @@ def test_token_exact_is_the_loop_over_tokens(
     assert chosen.token_retention is not None
     w1, w2 = (w.expand(-1, -1, 2, -1, -1) for w in fast[:2])
     for p in range(tokens):
-        token = Gates(*(None if g is None else g[..., p : p + 1, :] for g in chosen))
+        now = slice(p, p + 1)
+        key, value, step_size = (g[..., now, :] for g in (chosen.key, chosen.value, chosen.step_size))
+        token = Gates(key, value, step_size, chosen.token_retention[..., now, :], None)
         alone = frame_step(fast, token, preconditioner=False)
-        key, keep = token.key, token.token_retention
+        keep = token.retention
         erased = token.step_size * (w1 @ key.mT) @ key if preconditioner else 0
         w1, w2 = keep * w1 - erased - alone.delta1, keep * w2 - alone.delta2
     for old, delta, new in ((fast.w1, found.delta1, w1), (fast.w2, found.delta2, w2)):
@@ -159,7 +166,7 @@ def test_a_closed_gate_leaves_memory_and_momentum_bit_for_bit() -> None:
     assert surprise[0] != surprise[1]
     after, ratio, _ = write(fast, chosen, gate=float(surprise.max()), momentum=0.5)
     open_, closed = int(surprise.argmax()), int(surprise.argmin())
-    for old, new in zip(fast[:4], after[:4], strict=True):
+    for old, new in zip(matrices(fast), matrices(after), strict=True):
         assert torch.equal(old[:, :, closed], new[:, :, closed])
         assert not torch.equal(old[:, :, open_], new[:, :, open_])
     assert (ratio[:, closed] == 0).all()
@@ -176,8 +183,9 @@ def test_surprise_is_0_for_a_hit_1_for_a_right_angle_and_2_for_the_opposite() ->
 
 
 def test_an_anchor_keeps_the_bits_and_leads_the_gradient_to_the_start_alone() -> None:
-    start = FastWeights(*(w.requires_grad_() for w in fast_weights(copies=1)[:2]))
-    now = FastWeights(*(w.requires_grad_() for w in fast_weights(copies=3)[:2]), num_writes=4)
+    start, now = fast_weights(copies=1), fast_weights(copies=3)._replace(num_writes=4)
+    for weights in (*matrices(start), *matrices(now)):
+        weights.requires_grad_()
     after = anchored(now, start)
     assert torch.equal(after.w1, now.w1)
     assert torch.equal(after.w2, now.w2)

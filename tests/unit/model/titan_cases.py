@@ -50,5 +50,5 @@ def correlated_frames(batch: int, frames: int, number: int, width: int) -> Tenso
 def gradients(titan: TitanMemory, loss: Tensor, *others: Tensor) -> dict[str, Tensor]:
     """Of all parameters by name, then of `others` by number; zeros where the loss does not depend on one."""
     named = dict(titan.named_parameters()) | {str(number): other for number, other in enumerate(others)}
-    found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, materialize_grads=True)
     return dict(zip(named, found, strict=True))

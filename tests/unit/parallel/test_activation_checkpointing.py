@@ -56,7 +56,8 @@ def loss(model: HopePredictor) -> Tensor:
     jump = model(features[:, :1], actions[:, :1], target=torch.tensor([2, 4]), draws=draws)
     context = model(features[:, :2], actions[:, :2], draws=draws, keep_state=True)
     further = model(context.frames[:, -1:], actions[:, 2:3], state=context.state, frame_offset=2, draws=draws)
-    return sum((p.frames * normal(*p.frames.shape, seed=4)).sum() for p in (teacher, jump, further))
+    parts = [(p.frames * normal(*p.frames.shape, seed=4)).sum() for p in (teacher, jump, further)]
+    return torch.stack(parts).sum()
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
