@@ -167,11 +167,14 @@ def evaluate(
 
 
 def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Module, M3]:
-    """Predictor and optimizer: build, initialise, recompute, shard, then route parameters to groups."""
+    """Predictor and optimizer: build, initialise, recompute, compile, shard, then route parameters to groups."""
     model = build_predictor(config.model)
     initialise(model, config.train.seed)
     model.to(device)
     recompute_blocks(list(model.blocks), config.parallel.recompute)
+    if config.parallel.compile:
+        for block in model.blocks:
+            block.compile()
     mesh = build_mesh(device, world_size)
     shard_model(model, list(model.blocks), mesh, reshard_after_forward=config.parallel.reshard_after_forward)
     groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)

@@ -21,6 +21,8 @@ class ParallelConfig(BaseModel):
     recompute: Literal["none", "chunk", "block"] = "block"
     """Activation checkpointing: block keeps only each block's input and runs the block again in backward; chunk runs
     only the chunks of its memories again, and keeps what each started from and all of the block's other activations."""
+    compile: bool = False
+    """Compiles each block with torch.compile; needs a C++ compiler on a CPU, and gains little there."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bf16; parameters, fast weights, gates, norms and the optimizer stay fp32."""
     reshard_after_forward: bool = True

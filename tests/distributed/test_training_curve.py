@@ -45,6 +45,14 @@ def test_the_loss_curve_and_all_figures_are_the_same_on_1_2_and_4_ranks_and_in_a
         assert figures(run.folder) == pytest.approx(expected, rel=1e-2), name
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_curve(train) -> None:
+    batch = ("train.global_batch=4", "train.steps=3", "checkpoint.every=0")
+    plain, compiled = train(2, "plain", *batch), train(2, "compiled", *batch, "parallel.compile=true")
+    assert compiled.code == 0, compiled.output
+    assert max(abs(a - b) / abs(b) for a, b in zip(compiled.losses, plain.losses, strict=True)) < 1e-6
+
+
 def checkpoint_digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("rank-*.bin")}
 
