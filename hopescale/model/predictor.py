@@ -30,6 +30,16 @@ class Prediction(NamedTuple):
     """Figures of the memory writes, one entry an H or U block."""
 
 
+class _Call(NamedTuple):
+    """What a pass is told besides its tokens; see `HopePredictor.forward`."""
+
+    frame_offset: int
+    draws: Float[Tensor, "batch blocks branches"] | None
+    writes: bool
+    keep_state: bool
+    consolidate: Float[Tensor, "batch frames"] | None
+
+
 def normalise(features: Float[Tensor, "*lead channels"]) -> Float[Tensor, "*lead channels"]:
     """LayerNorm over channels without parameters, in fp32 or wider: the scale on which errors are measured."""
     return F.layer_norm(at_least_fp32(features), features.shape[-1:], eps=FEATURE_NORM_EPS)
@@ -114,23 +124,17 @@ class HopePredictor(nn.Module):
         check_input(self.config, features, actions, states, extrinsics, target, frame_offset)
         newest = normalise(features)
         x = self._tokens(newest, actions, states, extrinsics, target, frame_offset)
+        call = _Call(frame_offset, draws, writes, keep_state, consolidate)
         if self.config.cms.mode == "online":
-            awaits, teach_factor = target is None, teach_factor * writes
-            return self._frame_by_frame(
-                newest, x, state, frame_offset, draws, writes, keep_state, consolidate, awaits, teach_factor
-            )
-        return self._pass(newest, x, state, frame_offset, draws, writes, keep_state, consolidate)
+            return self._frame_by_frame(newest, x, state, call, target is None, teach_factor * writes)
+        return self._pass(newest, x, state, call)
 
     def _frame_by_frame(
         self,
         newest: Float[Tensor, "batch frames patches channels"],
         x: Float[Tensor, "batch frames tokens width"],
         state: tuple[BlockState, ...] | None,
-        frame_offset: int,
-        draws: Float[Tensor, "batch blocks branches"] | None,
-        writes: bool,
-        keep_state: bool,
-        consolidate: Float[Tensor, "batch frames"] | None,
+        call: _Call,
         awaits: bool,
         teach_factor: float,
     ) -> Prediction:
@@ -140,9 +144,12 @@ class HopePredictor(nn.Module):
             now = slice(t, t + 1)
             if state is not None:
                 state = taught(state, newest[:, now], self.project.weight, clip, teach_factor)
-            more = keep_state or t + 1 < newest.shape[1]
-            counted = None if consolidate is None else consolidate[:, now]
-            passed = self._pass(newest[:, now], x[:, now], state, frame_offset + t, draws, writes, more, counted)
+            alone = call._replace(
+                frame_offset=call.frame_offset + t,
+                keep_state=call.keep_state or t + 1 < newest.shape[1],
+                consolidate=None if call.consolidate is None else call.consolidate[:, now],
+            )
+            passed = self._pass(newest[:, now], x[:, now], state, alone)
             state = awaiting(passed.state, passed.frames) if passed.state and awaits else passed.state
             frames.append(passed.frames)
             traces.append(passed.traces)
@@ -153,22 +160,18 @@ class HopePredictor(nn.Module):
         newest: Float[Tensor, "batch frames patches channels"],
         x: Float[Tensor, "batch frames tokens width"],
         state: tuple[BlockState, ...] | None,
-        frame_offset: int,
-        draws: Float[Tensor, "batch blocks branches"] | None,
-        writes: bool,
-        keep_state: bool,
-        consolidate: Float[Tensor, "batch frames"] | None,
+        call: _Call,
     ) -> Prediction:
         kept, traces = [], []
         for number, block in enumerate(self.blocks):
             x, block_state, trace = block(
                 x,
                 None if state is None else state[number],
-                None if draws is None else draws[:, number],
-                frame_offset=frame_offset,
-                writes=writes,
-                keep_state=keep_state,
-                consolidate=consolidate,
+                None if call.draws is None else call.draws[:, number],
+                frame_offset=call.frame_offset,
+                writes=call.writes,
+                keep_state=call.keep_state,
+                consolidate=call.consolidate,
             )
             kept.append(block_state)
             if trace is not None:
@@ -176,7 +179,7 @@ class HopePredictor(nn.Module):
         predicted = at_least_fp32(self.project(self.norm(x[:, :, self.config.num_conditioning :])))
         if self.config.output == "residual":
             predicted = newest + predicted
-        return Prediction(normalise(predicted), tuple(kept) if keep_state else None, tuple(traces))
+        return Prediction(normalise(predicted), tuple(kept) if call.keep_state else None, tuple(traces))
 
     def _tokens(
         self,

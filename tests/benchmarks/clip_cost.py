@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from hopescale.model.init import initialise
 from hopescale.model.objective import clip_losses
 from hopescale.model.predictor import HopePredictor
 from tests.benchmarks.ablation_results import RESULTS, keep
+from tests.benchmarks.turns import seconds_in_turns
 
 FRAMES = (8, 16, 32)
 PATTERNS = ("S-H-S", "T-T-T")
@@ -56,22 +56,10 @@ def step(config: Config) -> Callable[[], None]:
     return run
 
 
-def seconds(runs: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each of `runs` in every round, after one that does not count; they take turns."""
-    taken: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 1):
-        for run, times in zip(runs, taken, strict=True):
-            began = time.perf_counter()
-            run()
-            if number:
-                times.append(time.perf_counter() - began)
-    return taken
-
-
 def measure(frames: int, rounds: int) -> dict[str, Any]:
     """Ratios of T-T-T to S-H-S, and FLOPs of one clip by pattern."""
     configs = [config_of(pattern, frames) for pattern in PATTERNS]
-    plain, attending = seconds([step(config) for config in configs], rounds)
+    plain, attending = seconds_in_turns([step(config) for config in configs], rounds)
     flops = [flops_executed(config.model, config.objective, frames).total for config in configs]
     return {
         "transitions": frames - 1,

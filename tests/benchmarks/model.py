@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from hopescale.model.schema import ModelConfig
 from hopescale.model.titan import TitanMemory
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from tests.benchmarks.autograd_loop import autograd_loop
+from tests.benchmarks.turns import ratio_in_turns, seconds_in_turns
 
 PHASE_5: dict[str, Any] = {
     "state_dim": 2,
@@ -90,24 +90,6 @@ def titan_passes(titan: TitanMemory, x: Tensor) -> tuple[Callable[[], None], Cal
         autograd_loop(titan, x).square().mean().backward()
 
     return ours, loop
-
-
-def seconds_in_turns(runs: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each run in each round, after one round that does not count."""
-    found: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 1):
-        for times, run in zip(found, runs, strict=True):
-            began = time.perf_counter()
-            run()
-            if number:
-                times.append(time.perf_counter() - began)
-    return found
-
-
-def ratio_in_turns(numerator: Callable[[], None], denominator: Callable[[], None], rounds: int) -> float:
-    """Median over rounds of the ratio of neighbouring runs."""
-    above, below = seconds_in_turns([numerator, denominator], rounds)
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 class CallCounter(TorchDispatchMode):
