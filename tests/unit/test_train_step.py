@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import StepBatches
 from hopescale.checkpoint.contents import tensors
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
@@ -17,6 +16,7 @@ from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.train_step import micro_losses, train_step
+from tests.clip_batches import random_clips, rows, step_of
 
 SMALL = [
     "model.encoder_dim=12",
@@ -49,31 +49,13 @@ def built(config: Config) -> tuple[HopePredictor, M3]:
     return model, M3(groups, config.optimizer)
 
 
-def clips(count: int, seed: int = 0) -> ClipBatch:
-    generator = torch.Generator().manual_seed(seed)
-    return ClipBatch(
-        features=torch.randn(count, 4, 4, 12, generator=generator),
-        actions=torch.randn(count, 3, 2, generator=generator),
-        states=None,
-        lengths=torch.full((count,), 4),
-        weights=torch.ones(count),
-        positions=torch.arange(count),
-        keys=[f"clip-{i}" for i in range(count)],
-        partitions=["base"] * count,
-    )
-
-
-def step_of(batch: ClipBatch) -> StepBatches:
-    return StepBatches(0, batch.lengths.numpy(), [batch])
-
-
 def test_a_step_with_gradients_that_are_not_finite_moves_nothing(config: Config) -> None:
     model, optimizer = built(config)
-    assert not train_step(model, optimizer, step_of(clips(3)), config, attempt=0, step=0).skipped
+    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=0).skipped
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     steps = [group["num_steps"] for group in optimizer.param_groups]
 
-    bad = clips(3)
+    bad = random_clips(3)
     bad.features[1, 2, 0, 0] = float("nan")
     assert train_step(model, optimizer, step_of(bad), config, attempt=1, step=1).skipped
 
@@ -81,7 +63,7 @@ def test_a_step_with_gradients_that_are_not_finite_moves_nothing(config: Config)
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
     after = optimizer.state_dict()["state"]
     assert all(torch.equal(before[1][p][key], after[p][key]) for p in after for key in after[p])
-    assert not train_step(model, optimizer, step_of(clips(3)), config, attempt=2, step=1).skipped
+    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=2, step=1).skipped
 
 
 def test_gradients_that_are_not_finite_do_not_wait_for_slow_groups() -> None:
@@ -92,7 +74,7 @@ def test_gradients_that_are_not_finite_do_not_wait_for_slow_groups() -> None:
         step = attempt = 0
         while step < 7:
             # What a step trains on follows the steps that count, not the attempts.
-            batch = clips(3, seed=step)
+            batch = random_clips(3, seed=step)
             if attempt in bad_attempts:
                 batch.features[1, 2, 0, 0] = float("inf")
             step += not train_step(model, optimizer, step_of(batch), config, attempt=step, step=step).skipped
@@ -119,7 +101,7 @@ def test_a_cms_level_steps_on_the_sum_of_its_clipped_gradients_and_nothing_else_
 
     optimizer.register_step_pre_hook(add_up)
     for step in range(6):
-        result = train_step(model, optimizer, step_of(clips(3, seed=step)), config, attempt=step, step=step)
+        result = train_step(model, optimizer, step_of(random_clips(3, seed=step)), config, attempt=step, step=step)
         assert not result.skipped
         if step == 1:
             still = {name for name, p in model.named_parameters() if torch.equal(p, start[name])}
@@ -139,9 +121,9 @@ def test_a_clip_of_weight_0_trains_nothing(config: Config) -> None:
     weights = []
     for extra in (False, True):
         model, optimizer = built(config)
-        batches = step_of(clips(2))
+        batches = step_of(random_clips(2))
         if extra:
-            batches.micro.append(clips(1, seed=9).without_weight())
+            batches.micro.append(random_clips(1, seed=9).without_weight())
         train_step(model, optimizer, batches, config, attempt=0, step=0)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
@@ -156,16 +138,10 @@ AHEAD = [
 
 
 def of_lengths(*lengths: int) -> ClipBatch:
-    batch = clips(len(lengths))
+    batch = random_clips(len(lengths))
     for row, length in enumerate(lengths):
         batch.features[row, length:] = 0.0
     return replace(batch, lengths=torch.tensor(lengths))
-
-
-def rows(batch: ClipBatch, first: int, end: int) -> ClipBatch:
-    tensors = ("features", "actions", "lengths", "weights", "positions")
-    cut = {name: getattr(batch, name)[first:end] for name in tensors}
-    return replace(batch, **cut, keys=batch.keys[first:end], partitions=batch.partitions[first:end])
 
 
 def test_the_objective_is_a_mean_over_the_frames_that_each_branch_scores() -> None:
@@ -217,7 +193,7 @@ def test_bf16_keeps_parameters_and_fast_weights_in_fp32() -> None:
         return new, written
 
     memory.write = watched
-    result = train_step(model, optimizer, step_of(clips(2)), config, attempt=0, step=0)
+    result = train_step(model, optimizer, step_of(random_clips(2)), config, attempt=0, step=0)
     assert not result.skipped
     assert seen == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -229,7 +205,9 @@ def test_levels_that_learn_within_clips_are_taught_as_strongly_as_the_step_says(
     for overrides, step in ((taught, 0), (["model.cms.mode=param_period"], 0), (taught, 2), (taught, 4)):
         config = load_config([*SMALL, *overrides, "model.drop_path=0.0"])
         model, optimizer = built(config)
-        objectives.append(train_step(model, optimizer, step_of(clips(3)), config, attempt=0, step=step).objective)
+        objectives.append(
+            train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=step).objective
+        )
     torch.testing.assert_close(objectives[0], objectives[1])
     distances = [float((objective - objectives[0]).abs()) for objective in objectives[2:]]
     assert min(distances) > 1e-6

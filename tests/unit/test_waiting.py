@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import StepBatches
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.diagnostics import labels, record_moves, record_parameters, record_traces
@@ -21,6 +20,7 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.gradients import dead_numbers
 from hopescale.train_step import micro_losses, objective_share, train_step
+from tests.clip_batches import random_clips, step_of
 from tests.waiting import META, CountReads, NoWaiting, without_autocast_on_meta
 
 SMALL = [
@@ -61,22 +61,8 @@ OPTIONS = {
 }
 
 
-def clips(count: int = 3) -> ClipBatch:
-    generator = torch.Generator().manual_seed(0)
-    return ClipBatch(
-        features=torch.randn(count, 4, 4, 12, generator=generator),
-        actions=torch.randn(count, 3, 2, generator=generator),
-        states=torch.randn(count, 4, 2, generator=generator),
-        lengths=torch.tensor([4, 3, 4])[:count],
-        weights=torch.ones(count),
-        positions=torch.arange(count),
-        keys=[f"clip-{i}" for i in range(count)],
-        partitions=["base"] * count,
-    )
-
-
-def step_of(batch: ClipBatch) -> StepBatches:
-    return StepBatches(0, batch.lengths.numpy(), [batch])
+def clips() -> ClipBatch:
+    return random_clips(3, state_dim=2, lengths=[4, 3, 4])
 
 
 def built(config: Config, device: torch.device) -> tuple[Any, M3]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import ClipBatch
 from data_pipeline.reader import StepBatches
 from hopescale.checkpoint.contents import restore_rows, tensors
 from hopescale.config.compose import load_config
@@ -21,6 +19,7 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.consolidation import consolidate, longterm_memories
 from hopescale.train_step import train_step
+from tests.clip_batches import random_clips, rows, step_of
 
 SMALL = [
     "model.encoder_dim=12",
@@ -64,29 +63,6 @@ def flat(changes: Sequence[LongTermChange]) -> Tensor:
     return torch.cat([part.flatten() for change in changes for part in change])
 
 
-def clips(count: int, seed: int = 0) -> ClipBatch:
-    generator = torch.Generator().manual_seed(seed)
-    return ClipBatch(
-        features=torch.randn(count, 4, 4, 12, generator=generator),
-        actions=torch.randn(count, 3, 2, generator=generator),
-        states=None,
-        lengths=torch.full((count,), 4),
-        weights=torch.ones(count),
-        positions=torch.arange(count),
-        keys=[f"clip-{i}" for i in range(count)],
-        partitions=["base"] * count,
-    )
-
-
-def rows(batch: ClipBatch, start: int, end: int) -> ClipBatch:
-    fields = {name: value[start:end] for name, value in vars(batch).items() if value is not None}
-    return replace(batch, **fields)
-
-
-def step_of(*micro: ClipBatch) -> StepBatches:
-    return StepBatches(0, torch.cat([batch.lengths for batch in micro]).numpy(), list(micro))
-
-
 def test_every_step_moves_a_share_of_the_way_to_what_its_clips_left() -> None:
     model, _ = built(small("{ema: 0.1}"))
     for step in range(3):
@@ -121,23 +97,23 @@ def test_a_model_without_long_term_memories_has_nothing_to_move() -> None:
 def test_a_step_that_is_not_taken_carries_over_nothing() -> None:
     config = small("{ema: 0.5, sync_every: 2}")
     model, optimizer = built(config)
-    assert not train_step(model, optimizer, step_of(clips(3)), config, attempt=0, step=0).skipped
+    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=0).skipped
     before = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
     assert any(tensor.any() for name, tensor in before.items() if "waiting" in name)
-    bad = clips(3)
+    bad = random_clips(3)
     bad.features[1, 2, 0, 0] = torch.nan
     assert train_step(model, optimizer, step_of(bad), config, attempt=1, step=1).skipped
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model, optimizer).items())
-    assert not train_step(model, optimizer, step_of(clips(3)), config, attempt=2, step=1).skipped
+    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=2, step=1).skipped
     assert all(torch.isfinite(tensor).all() for tensor in tensors(model, optimizer).values())
     assert carried(model).any()
 
 
 @pytest.mark.parametrize("cut", [1, 3])
 def test_any_micro_batches_and_clips_of_weight_0_carry_over_the_same(cut: int) -> None:
-    config, batch = small("{ema: 0.5}"), clips(5)
+    config, batch = small("{ema: 0.5}"), random_clips(5)
     found = []
-    for extra in ((batch,), (rows(batch, 0, cut), rows(batch, cut, 5), clips(1, seed=9).without_weight())):
+    for extra in ((batch,), (rows(batch, 0, cut), rows(batch, cut, 5), random_clips(1, seed=9).without_weight())):
         model, optimizer = built(config)
         lengths = step_of(batch).lengths
         train_step(model, optimizer, StepBatches(0, lengths, list(extra)), config, attempt=0, step=0)
@@ -149,7 +125,7 @@ def test_any_micro_batches_and_clips_of_weight_0_carry_over_the_same(cut: int) -
 def test_figures_of_a_step_do_not_hold_on_to_the_changes() -> None:
     config = small("{}")
     model, optimizer = built(config)
-    result = train_step(model, optimizer, step_of(clips(2)), config, attempt=0, step=0)
+    result = train_step(model, optimizer, step_of(random_clips(2)), config, attempt=0, step=0)
     assert all(trace.longterm is None for losses in result.losses for trace in losses.traces)
     assert not any(t.requires_grad for losses in result.losses for trace in losses.traces for t in trace[:-1])
 
