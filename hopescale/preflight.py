@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from data_pipeline.manifest import dataset_folder
 from data_pipeline.reader import ClipReader
+from hopescale.config.checks import horizon_problems
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, DataError, Problem, UserError
 from hopescale.evaluate import CONTEXT
@@ -101,18 +102,7 @@ def _shape_problems(config: Config, reader: ClipReader) -> list[Problem]:
 def _horizon_problems(config: Config, frames: int) -> Iterator[Problem]:
     """What looks further ahead, in the objective or a phase of its curriculum, than clips of so many frames go."""
     objective, memory = config.objective, config.model.memory
-    goals, horizons = frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
-    if config.model.can_jump and goals < 1:
-        rule = f"leaves a clip of {frames} frames none to jump to"
-        yield Problem("objective.jump_context", objective.jump_context, rule, "set a smaller number")
-    elif config.model.can_jump and horizons > goals:
-        rule = f"a clip of {frames} frames has only {goals} frames to jump to"
-        yield Problem("objective.jump_horizons", horizons, rule, "set a smaller number, in phases too")
-    context = objective.rollout.context
-    steps = max((stage.rollout.steps for stage in objective.stages if stage.rollout.weight), default=0)
-    if context + steps > frames:
-        rule = f"with rollout.context={context} goes past the {frames} frames of a clip"
-        yield Problem("objective.rollout.steps", steps, rule, "set smaller numbers, in phases too")
+    yield from horizon_problems(config, frames, "a clip")
     watch = config.run.early_stop
     if watch.patience and watch.metric == "skill_context" and frames <= CONTEXT:
         rule = f"is of the frames after {CONTEXT} true ones, and the clips have {frames}"

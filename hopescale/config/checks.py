@@ -26,7 +26,7 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
         rule = f"splits the batch of {config.train.global_batch} clips, which share memories (model.memory.scope=batch)"
         yield Problem("train.micro_batch", micro_batch, rule, "leave it out, or lower train.global_batch to it")
     yield from _jump_problems(config)
-    yield from _rollout_problems(config)
+    yield from horizon_problems(config, config.model.frames, "model.frames")
     yield from _plateau_problems(config)
     yield from _cms_period_problems(config)
     yield from _recompute_problems(config)
@@ -38,7 +38,6 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
 
 def _jump_problems(config: Config) -> Iterator[Problem]:
     objective, model = config.objective, config.model
-    goals, horizons = model.frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
     if not model.can_jump:
         rule = "needs model.temporal_embeddings: without them nothing tells a jump which frame to aim at"
         fix = "set model.temporal_embeddings=true"
@@ -47,19 +46,28 @@ def _jump_problems(config: Config) -> Iterator[Problem]:
             yield Problem("objective.jump_weight", weight, rule, f"{fix}, or objective.jump_weight=0")
         if config.run.early_stop.patience and config.run.early_stop.metric == "skill_jump":
             yield Problem("run.early_stop.metric", "skill_jump", rule, f"{fix}, or watch another skill")
-    elif goals < 1:
-        rule = f"leaves clips of model.frames={model.frames} frames none to jump to"
+
+
+def horizon_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
+    """What looks further ahead, in the objective or a phase of its curriculum, than clips of so many frames go.
+
+    Args:
+        config: whose objective looks ahead.
+        frames: stored frames of a clip.
+        whose: what has so many, for messages.
+    """
+    objective = config.objective
+    goals, horizons = frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
+    if config.model.can_jump and goals < 1:
+        rule = f"is too large: of the {frames} frames of {whose} there are none to jump to"
         yield Problem("objective.jump_context", objective.jump_context, rule, "set a smaller number")
-    elif horizons > goals:
-        rule = f"is too many: with model.frames={model.frames} there are only {goals} frames to jump to"
+    elif config.model.can_jump and horizons > goals:
+        rule = f"is too many: of the {frames} frames of {whose} there are only {goals} frames to jump to"
         yield Problem("objective.jump_horizons", horizons, rule, "set a smaller number, in phases too")
-
-
-def _rollout_problems(config: Config) -> Iterator[Problem]:
-    frames, context = config.model.frames, config.objective.rollout.context
-    steps = max((stage.rollout.steps for stage in config.objective.stages if stage.rollout.weight), default=0)
+    context = objective.rollout.context
+    steps = max((stage.rollout.steps for stage in objective.stages if stage.rollout.weight), default=0)
     if steps and context + steps > frames:
-        rule = f"with rollout.context={context} goes past the {frames} frames of model.frames"
+        rule = f"with rollout.context={context} goes past the {frames} frames of {whose}"
         yield Problem("objective.rollout.steps", steps, rule, "set smaller numbers, in phases too")
 
 
