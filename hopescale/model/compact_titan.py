@@ -57,10 +57,9 @@ class CompactTitan(TitanMemory):
         )
         heads, batch, tokens, features = key.shape
         step_size = torch.sigmoid(self._by_head(self.eta_bias)) * (self.config.eta_max / tokens)
-        logit = self._by_head(self.alpha_bias) + self.config.retention_bias
-        if not self.config.retention:
-            logit = torch.full_like(logit, torch.inf)
-        retention = torch.sigmoid(logit).expand(heads, batch, 1, features)
+        retention = torch.sigmoid(self.retention_logit(self._by_head(self.alpha_bias))).expand(
+            heads, batch, 1, features
+        )
         return Gates(key, value, step_size.expand(key.shape), retention, None)
 
     def _by_head(self, vector: Float[Tensor, " width"]) -> Float[Tensor, "heads 1 1 features"]:

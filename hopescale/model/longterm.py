@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .memory_stack import MemoryStack
 from .precision import at_least_fp32
 from .schema import LongTermConfig, MemoryConfig
-from .write_rules import FastWeights, Gates, limit_scale
+from .write_rules import FastWeights, Gates, limit_scale, safe_norm
 
 CARRY_LIMIT = 1.0
 """Bound on the norm of what is carried over, as a share of that of the trained matrix."""
@@ -120,7 +120,7 @@ class LongTermMemory(MemoryStack):
         for part, trained in zip(self.carried, super().start()[:2], strict=True):
             carried = part.unsqueeze(2)
             if bounded:
-                carried = carried * limit_scale(carried, trained.detach(), CARRY_LIMIT)[1]
+                carried = carried * limit_scale(carried, safe_norm(trained.detach()), CARRY_LIMIT)[1]
             starts.append(trained + carried)
         return FastWeights(*starts)
 

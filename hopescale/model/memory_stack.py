@@ -100,6 +100,10 @@ class MemoryStack(nn.Module):
         rule = token_exact if config.chunk_rule == "token_exact" else frame_step
         return rule(chosen, gates, config.preconditioner)
 
+    def retention_logit(self, alpha: Tensor) -> Tensor:
+        """Logit of the share that is kept, of the same shape: infinite where nothing may be forgotten."""
+        return alpha + self.config.retention_bias if self.config.retention else torch.full_like(alpha, torch.inf)
+
     def normed(
         self, out: Float[Tensor, "memories heads batch tokens features"], rows: slice
     ) -> Float[Tensor, "memories batch tokens width"]:

@@ -76,17 +76,19 @@ def clip_losses(
     truth = normalise(features)
     zero = truth.new_zeros(())
 
+    def valid(first: int, count: int) -> Tensor:
+        """Which of the frames first, first + 1, ... each clip has."""
+        return torch.arange(first, first + count, device=truth.device) < lengths[:, None]
+
     def scored(predicted: Tensor, goal: Tensor, first: int) -> Tensor:
         """Sum of the errors of frames first, first + 1, ... of the clips that have them."""
         error = distance(predicted, goal, config.loss, config.huber_delta)
-        valid = torch.arange(first, first + error.shape[1], device=error.device) < lengths[:, None]
-        return (torch.where(valid, error, 0.0) * weights[:, None]).sum()
+        return (torch.where(valid(first, error.shape[1]), error, 0.0) * weights[:, None]).sum()
 
     teacher, jumped, rolled, traces = zero, zero, zero, ()
     if config.teacher_weight:
         past_states = None if states is None else states[:, :-1]
-        real = torch.arange(1, truth.shape[1], device=truth.device) < lengths[:, None]
-        more = {"consolidate": real * weights[:, None]} if consolidate else {}
+        more = {"consolidate": valid(1, truth.shape[1] - 1) * weights[:, None]} if consolidate else {}
         prediction = predictor(features[:, :-1], actions, past_states, draws=draws, **more)
         teacher, traces = scored(prediction.frames, truth[:, 1:], 1), prediction.traces
     if config.jump_weight:

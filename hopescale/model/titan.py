@@ -209,9 +209,7 @@ class TitanMemory(MemoryStack):
         config, tokens = self.config, out.shape[-2]
         key, value = F.normalize(out[KEY], dim=-1), F.normalize(out[VALUE], dim=-1)
         step_size = torch.sigmoid(out[ETA].mean(dim=-1, keepdim=True)) * (config.eta_max / tokens)
-        logit = out[ALPHA].mean(dim=-1, keepdim=True) + config.retention_bias
-        if not config.retention:
-            logit = torch.full_like(logit, torch.inf)
+        logit = self.retention_logit(out[ALPHA].mean(dim=-1, keepdim=True))
         if config.chunk_rule != "token_exact":
             return Gates(key, value, step_size, torch.sigmoid(logit.mean(dim=-2, keepdim=True)), None)
         # Each token keeps the tokens-th root, so that a chunk keeps as much as under the other rules.

@@ -126,7 +126,7 @@ def apply_write(
         (fast.w2, gradient.delta2, fast.momentum2, retention.mT),
     ):
         if momentum:
-            ratio, scale = limit_scale(delta, w if live else w.detach(), limit)
+            ratio, scale = limit_scale(delta, safe_norm(w if live else w.detach()), limit)
             changed, sum_ = _with_momentum(w, scale * delta, kept, last, momentum, opened)
             moving.append(sum_)
         else:
@@ -181,9 +181,14 @@ def matrix_norm(w: Tensor) -> Float[Tensor, "memories heads copies 1 1"]:
     return torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True)
 
 
-def limit_scale(delta: Tensor, w: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Norm of each change over the norm of its matrix, and the factor that keeps it under `limit` smoothly."""
-    ratio = matrix_norm(delta) / matrix_norm(w).clamp_min(TINY)
+def safe_norm(w: Tensor) -> Float[Tensor, "memories heads copies 1 1"]:
+    """The same, as a divisor."""
+    return matrix_norm(w).clamp_min(TINY)
+
+
+def limit_scale(delta: Tensor, size: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Norm of each change over the norm `size` of its matrix, and the factor that keeps it under `limit` smoothly."""
+    ratio = matrix_norm(delta) / size
     return ratio, torch.rsqrt(1 + (ratio / limit).square())
 
 
@@ -211,10 +216,11 @@ class _LimitedWrite(torch.autograd.Function):
     def forward(
         ctx: Any, w: Tensor, delta: Tensor, retention: Tensor, opened: Tensor | None, limit: float, live: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ratio, scale = limit_scale(delta, w, limit)
+        size = safe_norm(w)
+        ratio, scale = limit_scale(delta, size, limit)
         used = scale if opened is None else scale * opened
         new = (retention * w).addcmul_(delta, used, value=-1)
-        ctx.save_for_backward(w, new, retention, ratio, scale, used)
+        ctx.save_for_backward(w, new, retention, size, ratio, scale, used)
         ctx.limit, ctx.live = limit, live
         ctx.mark_non_differentiable(ratio, scale)
         ctx.set_materialize_grads(False)
@@ -225,11 +231,10 @@ class _LimitedWrite(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return None, None, None, None, None, None
-        w, new, retention, ratio, scale, used = ctx.saved_tensors
+        w, new, retention, size, ratio, scale, used = ctx.saved_tensors
         change = (retention * w).sub_(new)
         # scale = (1 + r^2)^(-1/2), r = |delta| / (limit |w|): d scale / d delta = -scale^3 r^2 delta / |delta|^2
         pull = _dot(g, change) * (scale * ratio / ctx.limit).square()
-        size = matrix_norm(w).clamp_min(TINY)
         g_w = g_delta = g_retention = None
         if ctx.needs_input_grad[2]:
             by_head = retention.shape[-2:] == (1, 1)

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 from hopescale.model.longterm import LongTermChange, LongTermMemory, total
 from hopescale.model.titan import MemoryTrace
 
+from .gradients import local_piece
+
 
 def added_changes(changes: Sequence[LongTermChange], traces: Sequence[MemoryTrace]) -> list[LongTermChange]:
     """Changes of all long-term memories so far, and those of one more micro-batch."""
@@ -76,7 +78,7 @@ def waiting_changes(model: nn.Module, ranks: int | None = None) -> dict[str, Ten
         for number, part in enumerate(memory.waiting or (), 1):
             rows = _rows(memory.w1, part, ranks)
             if ranks is None:
-                _local(rows).copy_(part)
+                local_piece(rows).copy_(part)
             found[f"{name}.waiting{number}"] = rows
     return found
 
@@ -85,7 +87,7 @@ def restore_waiting(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Hand rows back to ranks; where there are more rows than ranks, some take the sum of several."""
     for name, memory in longterm_memories(model):
         for number, part in enumerate(memory.waiting or (), 1):
-            part.copy_(_local(saved[f"{name}.waiting{number}"]).sum(dim=0))
+            part.copy_(local_piece(saved[f"{name}.waiting{number}"]).sum(dim=0))
 
 
 def _rows(parameter: Tensor, part: Tensor, ranks: int | None) -> Tensor:
@@ -94,7 +96,3 @@ def _rows(parameter: Tensor, part: Tensor, ranks: int | None) -> Tensor:
     mesh = parameter.device_mesh
     size = (mesh.size() if ranks is None else ranks, *part.shape)
     return zeros(*size, dtype=part.dtype, device_mesh=mesh, placements=[Shard(0)] * mesh.ndim)
-
-
-def _local(rows: Tensor) -> Tensor:
-    return rows.to_local() if isinstance(rows, DTensor) else rows
