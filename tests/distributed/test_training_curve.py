@@ -12,7 +12,15 @@ import pytest
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 
 STEPS = 20
-BATCH = ("train.global_batch=6", "model.drop_path=0.1", f"train.steps={STEPS}", "checkpoint.every=0")
+BATCH = (
+    "train.global_batch=6",
+    "model.drop_path=0.1",
+    f"train.steps={STEPS}",
+    "checkpoint.every=0",
+    # Divided by less, the rounding of the memories' first gradients (1e-8) moves some figures by hundredths in 20 steps
+    # of random clips, and a mistake in reducing them could hide behind it.
+    "optimizer.adam.eps=1e-6",
+)
 
 
 def relative_difference(curve: list[float], reference: list[float]) -> float:
