@@ -4,9 +4,9 @@ World units: the view is 128 units wide whatever the image size; time is counted
 Friction is Coulomb friction (`mu * mass * GRAVITY`), so a block slows down evenly and then stops.
 
 The probe, `hidden`, is for memories. Its blocks look alike, but each has a mass and a friction of its own from a wide
-range, and is pushed again and again. It is filmed so slowly that it rests in every frame: no frame and no velocity
-tells how far the next push will carry it, only how far the earlier ones did. Frame 3 comes after a pause, so the
-frames after it can be foretold by whoever remembers frames 0 to 2, and by nobody else.
+range. Each is pushed out from the middle of the table, back again, and after a pause to and fro, filmed so slowly that
+it rests in every frame. So frame 1 shows how far a push carries this block; frames 2 and 3 show it in the middle, like
+any other, and the frames after them can be foretold by whoever remembers frame 1, and by nobody else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Vector = tuple[float, float]
 Uniform = Callable[[float, float], float]
 
 PARTITIONS = ("base", "scaling", "dissipation", "discretization", "kinematics", "compositional")
-SIMULATOR_VERSION = 1
+SIMULATOR_VERSION = 2
 PROBES = ("hidden",)
 """Partitions that are simulated only when asked for."""
 PIXELS_FILE = "pixels.json"
@@ -60,6 +60,7 @@ HIDDEN_PAUSE = 2
 _HIDDEN_PACE = 9
 """A frame of `hidden` lasts as long as this many of the other partitions: by then any push has spent itself."""
 _HIDDEN_MARGIN = 26.0
+_CENTRE = (VIEW / 2, VIEW / 2)
 _WALL_RESTITUTION = 0.7
 _WALL_THICKNESS = 7.0
 _RIM = 3.5
@@ -302,14 +303,13 @@ def _draw_hidden(random: np.random.Generator, frames: int) -> _Setup:
     uniform = _uniform(random)
     # Even in 1 / mass and 1 / friction: a push carries the block in proportion to 1 / (mass^2 friction).
     mass, friction = (1 / uniform(1 / high, 1 / low) for low, high in (HIDDEN_MASS, HIDDEN_FRICTION))
-    start, pushes = _draw_pushes(uniform, frames)
     return _Setup(
         side=BLOCK_SIDE,
         mass=mass,
         friction=friction,
-        start=start,
+        start=_CENTRE,
         angle=uniform(0, 2 * math.pi),
-        pushes=pushes,
+        pushes=_draw_pushes(uniform, frames),
         lever=0.0,
         walls=rim(),
         palette=WOOD,
@@ -317,38 +317,30 @@ def _draw_hidden(random: np.random.Generator, frames: int) -> _Setup:
     )
 
 
-def _draw_pushes(uniform: Uniform, frames: int) -> tuple[Vector, tuple[Vector, ...]]:
-    """Return start and pushes of a `hidden` clip that carry no block of its range into the rim.
+def _draw_pushes(uniform: Uniform, frames: int) -> tuple[Vector, ...]:
+    """Return the pushes of a `hidden` clip: out, back, none, then any that carry no block of its range into the rim.
 
-    Other masses and frictions shrink a path towards its start, so the longest path decides. After the pause every
-    point the block may rest on by then counts as start: the way a push points must not tell where it has come from.
+    Other masses and frictions shrink the path towards the centre, so the longest path decides.
     """
+    _, out = _draw_push(uniform, _CENTRE)
+    place, pushes = _CENTRE, [out, (-out[0], -out[1]), (0.0, 0.0)]
+    while len(pushes) < frames - 1:
+        place, push = _draw_push(uniform, place)
+        pushes.append(push)
+    return tuple(pushes[: frames - 1])
+
+
+def _draw_push(uniform: Uniform, place: Vector) -> tuple[Vector, Vector]:
+    """Return where a push carries the block of least mass and friction from `place`, and its impulse."""
     low, high = _HIDDEN_MARGIN, VIEW - _HIDDEN_MARGIN
-    for _ in range(_MAX_DRAWS):
-        start = (uniform(low, high), uniform(low, high))
-        ends, pushes = [start], []
-        for transition in range(frames - 1):
-            if transition == HIDDEN_PAUSE:
-                ends.append(start)
-                pushes.append((0.0, 0.0))
-            elif drawn := _draw_push(uniform, ends):
-                ends, push = drawn
-                pushes.append(push)
-        if len(pushes) == frames - 1:
-            return start, tuple(pushes)
-    raise AssertionError(f"no usable draw in {_MAX_DRAWS}")
-
-
-def _draw_push(uniform: Uniform, ends: list[Vector]) -> tuple[list[Vector], Vector] | None:
-    """Return where a push carries the block of least mass and friction from each of `ends`, and its impulse."""
     for _ in range(_MAX_DRAWS):
         reach, direction = uniform(*HIDDEN_REACH), uniform(0, 2 * math.pi)
         ahead = (math.cos(direction), math.sin(direction))
-        moved = [(x + reach * ahead[0], y + reach * ahead[1]) for x, y in ends]
-        if all(_HIDDEN_MARGIN < part < VIEW - _HIDDEN_MARGIN for point in moved for part in point):
+        moved = (place[0] + reach * ahead[0], place[1] + reach * ahead[1])
+        if all(low < part < high for part in moved):
             impulse = HIDDEN_MASS[0] * math.sqrt(2 * HIDDEN_FRICTION[0] * GRAVITY * reach)
             return moved, (impulse * ahead[0], impulse * ahead[1])
-    return None
+    raise AssertionError(f"no usable draw in {_MAX_DRAWS}")
 
 
 def _speed_for(distance: float, deceleration: float, duration: float) -> float:

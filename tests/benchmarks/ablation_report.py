@@ -53,6 +53,12 @@ several seeds the median counts.
 ![Held-out skill against training time](ablations.png)
 """
 
+LONGER = """\
+Seconds and FLOPs: what T-T-T takes, S-H-S = 1, forward and backward on the probe's objective, taking turns in one
+process, with as many patches a frame as the probe (16) and the demo (64) have. Skills: of the probe.
+
+"""
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, all columns but the first to the right."""
@@ -115,20 +121,20 @@ def cost_table(results: Path) -> str:
         for name in names
         for row in load_group(results, group, [name])
     }
+    measured = json.loads(kept.read_text())["rows"]
+    sizes = sorted({row["patches"] for row in measured})
+    costs = {(row["transitions"], row["patches"]): row for row in measured}
     lines = []
-    for measured in json.loads(kept.read_text())["rows"]:
-        rows = [trained.get(f"{pattern}-{measured['transitions']}") for pattern in ("S-H-S", "T-T-T")]
+    for length in sorted({row["transitions"] for row in measured}):
+        rows = [trained.get(f"{pattern}-{length}") for pattern in ("S-H-S", "T-T-T")]
         skills = [
             cell(row.final(skill)) if row else "–" for skill in ("skill_one_step", "skill_context") for row in rows
         ]
-        ratios = [f"{measured[name]:.2f}" for name in ("seconds_ratio", "flops_ratio")]
-        lines.append([str(measured["transitions"]), *ratios, *skills])
-    header = ["T", "seconds, T-T-T / S-H-S", "FLOPs, T-T-T / S-H-S"]
+        ratios = [f"{costs[length, size][name]:.2f}" for size in sizes for name in ("seconds_ratio", "flops_ratio")]
+        lines.append([str(length), *ratios, *skills])
+    header = ["T", *(f"{cost}, {size} patches" for size in sizes for cost in ("seconds", "FLOPs"))]
     header += [f"{title}, {name}" for title in ("one step", "after four true frames") for name in ("S-H-S", "T-T-T")]
-    return (
-        "\n## Longer clips\n\nForward and backward on the probe's objective, taking turns in one process.\n\n"
-        + table(header, lines)
-    )
+    return "\n## Longer clips\n\n" + LONGER + table(header, lines)
 
 
 def names_of(group: str) -> list[str]:

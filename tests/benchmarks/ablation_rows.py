@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.simulate import SimulationSpec
 from hopescale.config.compose import load_config, to_tree
 
-HIDDEN = SimulationSpec(partitions=("hidden",), num_train=450, num_heldout=96)
+HIDDEN = SimulationSpec(partitions=("hidden",), num_train=900, num_heldout=96, size=64)
 DATA: dict[str, SimulationSpec] = {
     "full": SimulationSpec(),
     "hidden": HIDDEN,

@@ -9,6 +9,7 @@ should do much better. For one that infers mass and friction from frames 0 to 3 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from data_pipeline import lite0
 from data_pipeline.render import WOOD, Scene, render_frames
-from data_pipeline.simulate import BLOCK_SIDE, VIEW, SimulationSpec, rim, simulate_clip
+from data_pipeline.simulate import BLOCK_SIDE, VIEW, rim, simulate_clip
 from hopescale.evaluate import CONTEXT
 from hopescale.model.predictor import normalise
+from tests.benchmarks.ablation_rows import DATA
 
-SPEC = SimulationSpec(partitions=("hidden",))
-SMALL = SimulationSpec(partitions=("hidden",), size=32)
+SPEC = DATA["hidden"]
+SMALL = replace(SPEC, size=32)
 
 
 def mobilities(count: int) -> np.ndarray:

@@ -130,11 +130,15 @@ def test_the_report_holds_tables_picture_and_costs(tmp_path: Path, monkeypatch: 
     pytest.importorskip("matplotlib")
     for group, name in (("demo", "default"), ("hidden", "S-H-S"), ("hidden", "T-T-T"), ("length", "T-T-T-15")):
         keep(tmp_path / "results" / group / f"{name}-seed0.json", figures())
-    costs = [{"transitions": t, "seconds_ratio": 1.5, "flops_ratio": 2.0} for t in (7, 15)]
+    costs = [
+        {"transitions": t, "patches": patches, "seconds_ratio": ratio, "flops_ratio": 2 * ratio}
+        for t in (7, 15)
+        for patches, ratio in ((16, 1.5), (64, 2.5))
+    ]
     keep(tmp_path / "results" / "clip_cost.json", {"rows": costs})
     monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path)])
     ablation_report.main()
     page = (tmp_path / "ABLATIONS.md").read_text()
-    assert "| 7 | 1.50 | 2.00 | 0.400 | 0.400 | 0.400 | 0.400 |" in page
-    assert "| 15 | 1.50 | 2.00 | – | 0.400 | – | 0.400 |" in page
+    assert "| 7 | 1.50 | 3.00 | 2.50 | 5.00 | 0.400 | 0.400 | 0.400 | 0.400 |" in page
+    assert "| 15 | 1.50 | 3.00 | 2.50 | 5.00 | – | 0.400 | – | 0.400 |" in page
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
