@@ -23,7 +23,7 @@ from hopescale.metrics.recorder import Recorder
 from hopescale.model.flops import Recompute, flops_executed
 from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.schema import MEMORIES, ModelConfig
-from hopescale.model.titan import MemoryTrace
+from hopescale.model.titan import NO_FIGURES, MemoryTrace
 from hopescale.optim.m3 import Moved
 from hopescale.parallel.gradients import local_size, parameter_squares
 
@@ -74,7 +74,7 @@ def _stacked(traces: Sequence[MemoryTrace]) -> tuple[MemoryTrace, list[int]]:
             ]
         )
         for name in MemoryTrace._fields
-        if name != "longterm"
+        if name not in NO_FIGURES
     }
     return MemoryTrace(**figures), [sum(absent <= memory for absent in missing) for memory in range(len(MEMORIES))]
 

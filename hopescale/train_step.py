@@ -118,10 +118,10 @@ def objective_share(loss: ClipLosses, batches: StepBatches, config: Config) -> T
     sums: dict[Branch, Tensor] = {"teacher": loss.teacher, "jump": loss.jump, "rollout": loss.rollout}
     # Where no clip of the batch is long enough for a branch, its sum is 0.
     means = [weights[branch] * total / max(batches.num_frames(*scored[branch]), 1) for branch, total in sums.items()]
-    return torch.stack(means).sum()
+    return torch.stack([*means, config.objective.auxiliary_weight * loss.auxiliary / batches.num_clips]).sum()
 
 
 def detached(loss: ClipLosses) -> ClipLosses:
     """The same figures without their graph, and without the wide changes of long-term memories."""
-    traces = tuple(trace._replace(longterm=None) for trace in loss.traces)
-    return ClipLosses(loss.teacher.detach(), loss.jump.detach(), loss.rollout.detach(), traces)
+    traces = tuple(trace._replace(longterm=None, auxiliary=None) for trace in loss.traces)
+    return ClipLosses(loss.teacher.detach(), loss.jump.detach(), loss.rollout.detach(), loss.auxiliary.detach(), traces)

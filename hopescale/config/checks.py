@@ -29,6 +29,7 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
     yield from horizon_problems(config, config.model.frames, "model.frames")
     yield from _plateau_problems(config)
     yield from _cms_period_problems(config)
+    yield from _auxiliary_problems(config)
     yield from _recompute_problems(config)
     yield from _longterm_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
@@ -101,6 +102,21 @@ def _longterm_problems(config: Config) -> Iterator[Problem]:
         rule = "carries over what the teacher branch leaves in memories, and that has no weight in any phase"
         fix = "leave model.longterm out, or set objective.teacher_weight above 0"
         yield Problem("model.longterm", config.model.longterm, rule, fix)
+
+
+def _auxiliary_problems(config: Config) -> Iterator[Problem]:
+    weight, model = config.objective.auxiliary_weight, config.model
+    chunk, transitions = model.memory.chunk_size, model.frames - 1
+    reasons = (
+        (not {"H", "U"} & set(model.block_pattern), f"model.block_pattern={'-'.join(model.block_pattern)}"),
+        (not model.memory.self_modify, "model.memory.self_modify=[]"),
+        (transitions <= chunk, f"model.memory.chunk_size={chunk} and the {transitions} transitions of model.frames"),
+    )
+    for holds, reason in reasons:
+        if weight and holds:
+            rule = f"is ignored with {reason}, where no memory is written"
+            yield Problem("objective.auxiliary_weight", weight, rule, "leave it out")
+            return
 
 
 def _recompute_problems(config: Config) -> Iterator[Problem]:

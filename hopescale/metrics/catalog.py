@@ -98,6 +98,7 @@ CATALOG: tuple[Metric, ...] = (
     Metric(key="loss_teacher", reduction="mean", help="Teacher-forced one-step part of the objective."),
     Metric(key="loss_jump", reduction="mean", help="Jump part of the objective (first frames to frame tau)."),
     Metric(key="loss_rollout", reduction="mean", help="Part of the objective predicted from predictions, per frame."),
+    Metric(key="loss_auxiliary", reduction="mean", help="How far memories' keys and values are from agreeing, a clip."),
     Metric(
         key="objective_weight",
         labels=("kind",),

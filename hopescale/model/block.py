@@ -61,9 +61,10 @@ class AttentionBlock(nn.Module):
         writes: bool = True,
         keep_state: bool = False,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Tensor, KeyValueCache | None, None]:
-        """Apply the block; `writes` and `consolidate` are for blocks with memories and change nothing here."""
-        del writes, consolidate
+        """Apply the block; `writes`, `consolidate` and `auxiliary` are for blocks with memories and change nothing."""
+        del writes, consolidate, auxiliary
         attended, state = self.attention(self.norm1(x), state, frame_offset=frame_offset, keep_state=keep_state)
         x = x + drop_path(attended, draws, 0, self.drop_rate)
         x = x + drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))), draws, 1, self.drop_rate)
@@ -93,11 +94,17 @@ class HopeBlock(nn.Module):
         writes: bool = True,
         keep_state: bool = False,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Tensor, HopeState | None, MemoryTrace]:
         """Apply the block to consecutive frames, the first of which has number `frame_offset` in its clip."""
         fast, levels = (None, None) if state is None else (state.memory, state.cms)
         recalled, fast, trace = self.memory(
-            self.norm1(x), fast, writes=writes, keep_state=keep_state, consolidate=consolidate
+            self.norm1(x),
+            fast,
+            writes=writes,
+            keep_state=keep_state,
+            consolidate=consolidate,
+            auxiliary=auxiliary,
         )
         x = x + drop_path(recalled, draws, 0, self.drop_rate)
         if self.norm2 is not None and self.cms is not None:
@@ -132,13 +139,19 @@ class UnifiedBlock(nn.Module):
         writes: bool = True,
         keep_state: bool = False,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Tensor, HopeState | None, MemoryTrace]:
         """Apply the block to consecutive frames, the first of which has number `frame_offset` in its clip."""
         fast, levels, cache = (None, None, None) if state is None else state
         attended, cache = self.attention(self.norm1(x), cache, frame_offset=frame_offset, keep_state=keep_state)
         x = x + drop_path(attended, draws, 0, self.drop_rate)
         recalled, fast, trace = self.memory(
-            self.norm2(x), fast, writes=writes, keep_state=keep_state, consolidate=consolidate
+            self.norm2(x),
+            fast,
+            writes=writes,
+            keep_state=keep_state,
+            consolidate=consolidate,
+            auxiliary=auxiliary,
         )
         x = x + drop_path(recalled, draws, 1, self.drop_rate)
         if self.norm3 is not None and self.cms is not None:

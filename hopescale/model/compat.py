@@ -24,8 +24,8 @@ Otherwise than there:
 - Every pass starts from the trained memories unless it is given a state. There, a jump went on from the memories of the
   teacher-forced pass before it, and evaluation from those of whatever had come before.
 - `detach_interval` counts chunks, also those that `surprise_threshold` keeps from being written.
-- The objective is this project's: there is no auxiliary loss for keys and values, so the outer gradient of the two
-  memories that make them is zero, and a jump aims at a frame of its own in every clip.
+- The objective is this project's: a jump aims at a frame of its own in every clip, and `objective.auxiliary_weight`,
+  without which keys and values are not trained, leaves out a last chunk, which nothing writes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .precision import at_least_fp32
 from .predictor import Prediction, check_input, normalise
 from .schema import MEMORIES, ModelConfig
 from .spatial_mixing import SpatialMixing
-from .titan import FastWeights, MemoryTrace
+from .titan import FastWeights, MemoryTrace, chunk_sum
 
 STEP_SCALE = 0.01
 CLIP_EPS = 1e-8
@@ -84,6 +84,7 @@ class AcHopePredictor(nn.Module):
         keep_state: bool = False,
         teach_factor: float = 1.0,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> Prediction:
         """Predict from consecutive frames of each clip.
 
@@ -99,6 +100,7 @@ class AcHopePredictor(nn.Module):
             keep_state: return the state after the last frame.
             teach_factor: for predictors whose CMS learns within a clip; it changes nothing here.
             consolidate: for predictors with long-term memories; it changes nothing here.
+            auxiliary: weights of frames in the auxiliary loss that the traces then hold; None leaves it out.
 
         Raises:
             ValueError: a tensor whose shape is not what the configuration says, or a target that cannot be told.
@@ -117,6 +119,7 @@ class AcHopePredictor(nn.Module):
                 frame_offset=frame_offset,
                 writes=writes,
                 keep_state=keep_state,
+                auxiliary=auxiliary,
             )
             kept.append(block_state)
             traces.append(trace)
@@ -178,9 +181,12 @@ class AcHopeBlock(nn.Module):
         frame_offset: int = 0,
         writes: bool = True,
         keep_state: bool = False,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Tensor, FastWeights | None, MemoryTrace]:
         """Apply the block to consecutive frames, the first of which has number `frame_offset` in its clip."""
-        recalled, state, trace = self.memory(self.norm1(x), state, angles, writes=writes, keep_state=keep_state)
+        recalled, state, trace = self.memory(
+            self.norm1(x), state, angles, writes=writes, keep_state=keep_state, auxiliary=auxiliary
+        )
         x = x + drop_path(recalled, draws, 0, self.drop_rate)
         ratios: list[Tensor] = []
         x = x + drop_path(self.cms(self.norm2(x), frame_offset, ratios), draws, 1, self.drop_rate)
@@ -236,6 +242,7 @@ class AcHopeMemory(nn.Module):
         *,
         writes: bool = True,
         keep_state: bool = False,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Float[Tensor, "batch frames tokens width"], FastWeights | None, MemoryTrace]:
         """Read and write chunk by chunk; arguments and results are those of `TitanMemory`.
 
@@ -244,20 +251,27 @@ class AcHopeMemory(nn.Module):
         batch, frames = x.shape[:2]
         fast = self.start() if fast is None else fast
         x, queries = at_least_fp32(x), rotate(at_least_fp32(self.query(x)), angles, self.config.rope_heads)
-        outputs, figures = [], []
+        outputs, figures, disagreements = [], [], []
         for begin in range(0, frames, self.chunk_size):
             chunk = slice(begin, min(begin + self.chunk_size, frames))
             shape, query = x[:, chunk].shape, queries[:, chunk].flatten(0, 2)
             # A write after the last read of the pass reaches nothing, and without it only the main memory is read.
             if writes and (keep_state or chunk.stop < frames):
                 turns = None if angles is None else angles[:, chunk]
-                recalled, fast, figure = self.step(fast, x[:, chunk], query, turns)
+                before = fast
+                recalled, fast, figure, key, value = self.step(fast, x[:, chunk], query, turns)
                 figures.append(figure)
+                if auxiliary is not None:
+                    disagreements.append(self.disagreement(before, key, value).view(*shape[:3]).mean(2))
             else:
                 recalled = self._recall(fast, query.unsqueeze(0), slice(MAIN, None))[0]
             outputs.append(recalled.view(shape))
         output = self.out(torch.cat(outputs, dim=1))
-        return output, fast if keep_state else None, self._trace(figures, fast, batch, frames)
+        trace = self._trace(figures, fast, batch, frames)
+        if auxiliary is not None:
+            apart = torch.cat(disagreements, dim=1) if disagreements else output.new_zeros(batch, 0)
+            trace = trace._replace(auxiliary=chunk_sum(apart, auxiliary, self.chunk_size))
+        return output, fast if keep_state else None, trace
 
     def start(self) -> FastWeights:
         """A copy of the trained memories, because a view would outlive the gathered parameter."""
@@ -270,11 +284,20 @@ class AcHopeMemory(nn.Module):
         x: Float[Tensor, "batch frames tokens width"],
         query: Float[Tensor, "rows width"],
         angles: Float[Tensor, "clips frames tokens features"] | None,
-    ) -> tuple[Float[Tensor, "rows width"], FastWeights, Figures]:
-        """Read one chunk, then write it."""
+    ) -> tuple[Float[Tensor, "rows width"], FastWeights, Figures, Tensor, Tensor]:
+        """Read one chunk, then write it; returned besides are the keys and values of its rows."""
         reading = self.read(fast, x, query, angles)
         fast, figures = self.write(fast, reading, len(x))
-        return reading.output, fast, figures
+        return reading.output, fast, figures, reading.key, reading.value
+
+    def disagreement(
+        self, fast: FastWeights, key: Float[Tensor, "rows width"], value: Float[Tensor, "rows width"]
+    ) -> Float[Tensor, " rows"]:
+        """Squared distance of what the main memory recalls at keys to values; see `TitanMemory.disagreement`."""
+        held = fast._replace(w1=fast.w1.detach(), w2=fast.w2.detach())
+        norm = self.norm_weight[MAIN].detach(), self.norm_bias[MAIN].detach()
+        recalled = self._recall(held, key.unsqueeze(0), slice(MAIN, None), norm)[0]
+        return ((recalled - value.detach()).square() + (recalled.detach() - value).square()).mean(-1)
 
     def read(
         self,
@@ -344,12 +367,17 @@ class AcHopeMemory(nn.Module):
         return at_least_fp32(slope.mT @ key.to(slope.dtype)), at_least_fp32(error.mT @ hidden.to(error.dtype))
 
     def _recall(
-        self, fast: FastWeights, z: Float[Tensor, "#memories rows width"], which: slice
+        self,
+        fast: FastWeights,
+        z: Float[Tensor, "#memories rows width"],
+        which: slice,
+        norm: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "memories rows width"]:
-        """LN(z + W2 gelu(W1 z)), memory by memory."""
+        """LN(z + W2 gelu(W1 z)), memory by memory; `norm` in place of the memories' own weight and bias."""
+        weight, bias = norm or (self.norm_weight[which, None], self.norm_bias[which, None])
         out = z + F.gelu(z @ fast.w1[which, 0, 0].mT) @ fast.w2[which, 0, 0].mT
         out = F.layer_norm(at_least_fp32(out), out.shape[-1:])
-        return out * at_least_fp32(self.norm_weight[which, None]) + at_least_fp32(self.norm_bias[which, None])
+        return out * at_least_fp32(weight) + at_least_fp32(bias)
 
     @torch.no_grad()
     def _trace(self, figures: list[Figures], fast: FastWeights, batch: int, frames: int) -> MemoryTrace:

@@ -18,6 +18,7 @@ from .memory_flops import (
     longterm_memory,
     memory_product,
     memory_reference,
+    read,
     single_memory,
     writes_before,
 )
@@ -60,8 +61,8 @@ def flops_reference(model: ModelConfig, objective: ObjectiveConfig, frames: int,
     """What the equations ask for on one clip.
 
     Every memory is read and written in every chunk, whatever `self_modify` says and whether or not it is read again;
-    attention looks at the frames up to the query's. What `cms.mode: online` teaches and the systems of
-    `chunk_rule: token_exact` are left out.
+    attention looks at the frames up to the query's. What `cms.mode: online` teaches, the systems of
+    `chunk_rule: token_exact` and the auxiliary loss are left out.
 
     Args:
         model: the predictor.
@@ -105,7 +106,7 @@ def hope_parts(model: ModelConfig, call: Pass) -> Parts:
     """An H block."""
     square = _trained(_product(_tokens(model, call), model.width, model.width))
     parts = {"query": square, "memory": _sum(five_memories(model, chunk) for chunk in chunks(model, call))}
-    parts |= {**_longterm(model, call), "out": square, **_cms(model, call)}
+    parts |= {"auxiliary": _auxiliary(model, call), **_longterm(model, call), "out": square, **_cms(model, call)}
     if model.spatial_mixing:
         parts["mixing"] = _trained(2 * _product(call.frames * model.width, model.num_tokens, model.num_tokens))
     return parts
@@ -118,7 +119,7 @@ def unified_parts(model: ModelConfig, call: Pass) -> Parts:
     reads, given, writes = (_sum(part) for part in zip(*each, strict=True))
     parts = {**_attention(model, "U", call), "query": square}
     parts |= {"memory": reads, "keys and values": given, "write": writes}
-    return {**parts, **_longterm(model, call), "out": square, **_cms(model, call)}
+    return {**parts, "auxiliary": _auxiliary(model, call), **_longterm(model, call), "out": square, **_cms(model, call)}
 
 
 def levels_taught(model: ModelConfig, call: Pass) -> float:
@@ -154,6 +155,12 @@ def _cms(model: ModelConfig, call: Pass) -> dict[str, Flops]:
                 2 * _product(active, model.width, round(level.hidden_multiplier * model.width))
             )
     return parts
+
+
+def _auxiliary(model: ModelConfig, call: Pass) -> Flops:
+    """Reading the main memory at the keys of written chunks, held: its matrices get no gradient."""
+    tokens = sum(chunk.tokens for chunk in chunks(model, call) if chunk.taught)
+    return read(tokens * memory_product(model), live=False)
 
 
 def _longterm(model: ModelConfig, call: Pass) -> dict[str, Flops]:
@@ -232,6 +239,7 @@ def _reference_parts(model: ModelConfig, kind: str, call: Pass, writes: bool) ->
         # Of a U block, keys and values of every chunk are projections.
         square = _trained(2 * _product(_tokens(model, call), model.width, model.width))
         parts |= {"write": Flops(), "keys and values": square if kind == "U" and writes else Flops()}
+        parts["auxiliary"] = Flops()
         parts.pop("teaching", None)
         if model.longterm is not None:
             product = memory_product(model, model.longterm.hidden_multiplier)

@@ -51,6 +51,8 @@ class Chunk(NamedTuple):
     written: bool
     consolidated: bool
     """Whether it is not written but into the long-term memory, for clips to come."""
+    taught: bool
+    """Whether its keys and values have an auxiliary loss."""
     last: bool
     """Whether only the main memory is read after its write."""
     differentiated: bool
@@ -75,7 +77,8 @@ def chunks(model: ModelConfig, call: Pass) -> list[Chunk]:
         batch = any(trains[n] for n in range(num_writes) if sizes[n] == tokens) if scan else trained
         consolidated = call.consolidates and bool(memory.self_modify) and not written
         last = number == num_writes - 1 and not call.keep_state and not call.consolidates
-        found.append(Chunk(tokens, live, written, consolidated, last, trained, live or scan, batch))
+        taught = written and call.auxiliary
+        found.append(Chunk(tokens, live, written, consolidated, taught, last, trained, live or scan, batch))
     return found
 
 
@@ -105,7 +108,7 @@ def five_memories(model: ModelConfig, chunk: Chunk) -> Flops:
     if not chunk.written:
         return main
     # Scan reads them on their own; else all five are one product, which is differentiated whole.
-    gates = gates if chunk.batch_differentiated or not scan else Flops(gates.forward)
+    gates = gates if chunk.batch_differentiated or chunk.taught or not scan else Flops(gates.forward)
     # Memories that are not read again are not written; scan reads all but the main one at the start of the clip alone.
     written = 1 if chunk.last or scan else len(model.memory.self_modify)
     return main + gates + write(model, chunk, memory_product(model), written)
@@ -117,7 +120,7 @@ def single_memory(model: ModelConfig, chunk: Chunk) -> tuple[Flops, Flops, Flops
     reading, given, writing = read(chunk.tokens * product, chunk.live), Flops(), Flops()
     if chunk.written or chunk.consolidated:
         projected = 4 * chunk.tokens * model.width**2
-        has_gradient = chunk.written and chunk.batch_differentiated and model.memory.meta_grad != "fo"
+        has_gradient = chunk.taught or (chunk.written and chunk.batch_differentiated and model.memory.meta_grad != "fo")
         given = Flops(projected, 2 * projected if has_gradient else 0)
     if chunk.written:
         writing = write(model, chunk, product, 1)

@@ -24,6 +24,8 @@ class ClipLosses(NamedTuple):
     """Sum over clips of the mean error of the jump's target frame."""
     rollout: Float[Tensor, ""]
     """Sum over frames predicted from predictions of their mean error."""
+    auxiliary: Float[Tensor, ""]
+    """Sum over clips, blocks and written chunks of how far keys and values are from agreeing (`auxiliary_weight`)."""
     traces: tuple[MemoryTrace, ...]
     """Figures of the memory writes of the teacher branch."""
 
@@ -55,7 +57,7 @@ def clip_losses(
     """Run every branch of the objective, each from a fresh memory state.
 
     A sum is to be divided by the number of frames its branch scores in the whole global batch: those of
-    `config.scored` that are valid.
+    `config.scored` that are valid; the auxiliary one by the number of clips.
 
     Args:
         predictor: maps frames and actions to a `Prediction`.
@@ -85,12 +87,16 @@ def clip_losses(
         error = distance(predicted, goal, config.loss, config.huber_delta)
         return (torch.where(valid(first, error.shape[1]), error, 0.0) * weights[:, None]).sum()
 
-    teacher, jumped, rolled, traces = zero, zero, zero, ()
+    teacher, jumped, rolled, auxiliary, traces = zero, zero, zero, zero, ()
     if config.teacher_weight:
         past_states = None if states is None else states[:, :-1]
-        more = {"consolidate": valid(1, truth.shape[1] - 1) * weights[:, None]} if consolidate else {}
+        wanted = {"consolidate": consolidate, "auxiliary": config.auxiliary_weight > 0}
+        counted = valid(1, truth.shape[1] - 1) * weights[:, None]
+        more = {name: counted for name, asked in wanted.items() if asked}
         prediction = predictor(features[:, :-1], actions, past_states, draws=draws, **more)
         teacher, traces = scored(prediction.frames, truth[:, 1:], 1), prediction.traces
+        apart = [trace.auxiliary for trace in traces if trace.auxiliary is not None]
+        auxiliary = torch.stack(apart).sum() if apart else zero
     if config.jump_weight:
         context = config.jump_context
         predicted = jump(predictor, features, actions, states, [jump_target], context=context, draws=draws)
@@ -103,4 +109,4 @@ def clip_losses(
             predictor, features, actions, states, context=context, steps=steps, reset_every=reset_every, draws=draws
         )
         rolled = scored(predicted, truth[:, context : context + steps], context)
-    return ClipLosses(teacher, jumped, rolled, traces)
+    return ClipLosses(teacher, jumped, rolled, auxiliary, traces)

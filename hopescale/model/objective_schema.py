@@ -108,6 +108,9 @@ class ObjectiveConfig(BaseModel):
     jump_context: PositiveInt = 1
     """True frames the jump is made from, in evaluation too."""
     rollout: RolloutConfig = RolloutConfig()
+    auxiliary_weight: NonNegativeFloat = 0.0
+    """Weight of teaching keys and values, in the teacher branch, to be what the main memory recalls for each other; 0
+    computes nothing."""
     loss: Literal["l1", "l2", "huber"] = "l1"
     """Distance between layer-normalised prediction and target."""
     huber_delta: PositiveFloat = 1.0
@@ -164,6 +167,13 @@ class ObjectiveConfig(BaseModel):
                 "leaves teacher_weight, jump_weight and rollout.weight all 0",
                 "set one of them above 0",
             )
+        yield (
+            not self.auxiliary_weight or any(stage.teacher_weight for stage in stages),
+            "auxiliary_weight",
+            self.auxiliary_weight,
+            "is ignored where the teacher branch, which writes the memories, has no weight above 0",
+            "leave it out, or set teacher_weight above 0",
+        )
         yield (
             self.loss == "huber" or self.huber_delta == 1.0,
             "huber_delta",

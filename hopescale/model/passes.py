@@ -24,13 +24,17 @@ class Pass:
     """False where only the state it leaves is used."""
     consolidates: bool = False
     """Long-term memories take in what it writes."""
+    auxiliary: bool = False
+    """Keys and values are taught to agree."""
 
 
 def passes(model: ModelConfig, objective: ObjectiveConfig, frames: int) -> list[Pass]:
     """All of them for one clip of `frames` stored frames, over the branches of weight above 0."""
     found = []
     if objective.teacher_weight:
-        found.append(Pass(frames - 1, consolidates=model.longterm is not None))
+        found.append(
+            Pass(frames - 1, consolidates=model.longterm is not None, auxiliary=objective.auxiliary_weight > 0)
+        )
     if objective.jump_weight:
         found += jump_passes(objective.jump_context)
     if objective.rollout.weight:

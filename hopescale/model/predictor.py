@@ -38,6 +38,7 @@ class _Call(NamedTuple):
     writes: bool
     keep_state: bool
     consolidate: Float[Tensor, "batch frames"] | None
+    auxiliary: Float[Tensor, "batch frames"] | None
 
 
 def normalise(features: Float[Tensor, "*lead channels"]) -> Float[Tensor, "*lead channels"]:
@@ -100,6 +101,7 @@ class HopePredictor(nn.Module):
         keep_state: bool = False,
         teach_factor: float = 1.0,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> Prediction:
         """Predict from consecutive frames of each clip.
 
@@ -117,6 +119,7 @@ class HopePredictor(nn.Module):
             teach_factor: on the teach scales of CMS levels that learn within a clip; it changes nothing for others.
             consolidate: weights of frames in the changes of long-term memories that the traces then hold: 0 for frames
                 past the end of a clip, and for clips that do not count. None leaves the changes out.
+            auxiliary: weights of frames in the auxiliary loss that the traces then hold; None leaves it out.
 
         Raises:
             ValueError: a tensor whose shape is not what the configuration says, or that the model has no use for.
@@ -124,7 +127,7 @@ class HopePredictor(nn.Module):
         check_input(self.config, features, actions, states, extrinsics, target, frame_offset)
         newest = normalise(features)
         x = self._tokens(newest, actions, states, extrinsics, target, frame_offset)
-        call = _Call(frame_offset, draws, writes, keep_state, consolidate)
+        call = _Call(frame_offset, draws, writes, keep_state, consolidate, auxiliary)
         if self.config.cms.mode == "online":
             return self._frame_by_frame(newest, x, state, call, target is None, teach_factor * writes)
         return self._pass(newest, x, state, call)
@@ -148,6 +151,7 @@ class HopePredictor(nn.Module):
                 frame_offset=call.frame_offset + t,
                 keep_state=call.keep_state or t + 1 < newest.shape[1],
                 consolidate=None if call.consolidate is None else call.consolidate[:, now],
+                auxiliary=None if call.auxiliary is None else call.auxiliary[:, now],
             )
             passed = self._pass(newest[:, now], x[:, now], state, alone)
             state = awaiting(passed.state, passed.frames) if passed.state and awaits else passed.state
@@ -172,6 +176,7 @@ class HopePredictor(nn.Module):
                 writes=call.writes,
                 keep_state=call.keep_state,
                 consolidate=call.consolidate,
+                auxiliary=call.auxiliary,
             )
             kept.append(block_state)
             if trace is not None:

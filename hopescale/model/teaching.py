@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .block import BlockState, HopeState
 from .longterm import total
 from .schema import CmsConfig, OnlineConfig
-from .titan import MemoryTrace
+from .titan import NO_FIGURES, MemoryTrace
 
 
 def teach_factor(config: OnlineConfig, step: int) -> float:
@@ -96,11 +96,13 @@ def taught(
 
 def joined(traces: Sequence[MemoryTrace]) -> MemoryTrace:
     """Figures of one pass over all frames from those of each: all columns, the memories' sizes at the end."""
-    columns = [name for name in MemoryTrace._fields if name not in ("norm_ratio", "drift", "longterm")]
+    columns = [name for name in MemoryTrace._fields if name not in ("norm_ratio", "drift", *NO_FIGURES)]
     lasting = [trace.longterm for trace in traces if trace.longterm is not None]
+    auxiliary = [trace.auxiliary for trace in traces if trace.auxiliary is not None]
     return traces[-1]._replace(
         **{name: torch.cat([getattr(trace, name) for trace in traces], dim=1) for name in columns},
         longterm=total(lasting) if lasting else None,
+        auxiliary=torch.stack(auxiliary).sum(0) if auxiliary else None,
     )
 
 

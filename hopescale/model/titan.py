@@ -38,7 +38,7 @@ KEY, VALUE, ETA, ALPHA, MAIN = range(len(MEMORIES))
 
 
 class MemoryTrace(NamedTuple):
-    """Detached figures of one pass: one column a write (none where nothing was written)."""
+    """Figures of one pass, detached but for `auxiliary`: one column a write (none where nothing was written)."""
 
     surprise: Float[Tensor, "batch writes"]
     """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o, in [0, 2], of the main memory."""
@@ -65,6 +65,13 @@ class MemoryTrace(NamedTuple):
     passes the frame by; the block fills it in."""
     longterm: LongTermChange | None = None
     """What the long-term memory is to carry over to other clips."""
+    auxiliary: Float[Tensor, " batch"] | None = None
+    """Sum over written chunks of how far keys and values are from agreeing (`disagreement`): not detached, for it is
+    trained. None unless asked for."""
+
+
+NO_FIGURES = ("longterm", "auxiliary")
+"""Fields of a trace that are for training to go on with, not for reports."""
 
 
 class TitanMemory(MemoryStack):
@@ -90,6 +97,7 @@ class TitanMemory(MemoryStack):
         writes: bool = True,
         keep_state: bool = False,
         consolidate: Float[Tensor, "batch frames"] | None = None,
+        auxiliary: Float[Tensor, "batch frames"] | None = None,
     ) -> tuple[Float[Tensor, "batch frames tokens width"], FastWeights | None, MemoryTrace]:
         """Read and write chunk by chunk.
 
@@ -99,6 +107,7 @@ class TitanMemory(MemoryStack):
             writes: False only reads.
             keep_state: also write the last chunk and return the memories, for a pass that goes on from here.
             consolidate: weights of frames in what is to be carried over to other clips; None carries over nothing.
+            auxiliary: weights of frames in the trace's auxiliary loss; None leaves it out.
 
         Returns:
             The memories' output, the memories after the last chunk (None unless kept), and figures of the writes.
@@ -120,14 +129,17 @@ class TitanMemory(MemoryStack):
         consolidate = None if self.longterm is None else consolidate
         num_writes = len(chunks) - (not keep_state) if writes else 0
         ahead = self.at_start(chunks[:num_writes]) if self.config.chunk_rule == "scan" else [None] * num_writes
-        full, outputs, gates, written = fast, [], [], []
+        full, outputs, gates, written, disagreements = fast, [], [], [], []
         for number, (tokens, query) in enumerate(chunks):
             # A write after the last read of the pass reaches nothing, so the last chunk reads the main memory alone,
             # and of the last write only what goes into that reaches anything.
             if number < num_writes:
                 last = not keep_state and consolidate is None and number == num_writes - 1
+                before = fast
                 output, fast, figures = self.step(fast, tokens, query, ahead[number], last=last)
                 full = full if last else fast
+                if auxiliary is not None:
+                    disagreements.append(self.disagreement(before, figures[0]))
                 gates.append(figures[0])
                 written.append(figures[1])
             elif writes and consolidate is not None:
@@ -145,6 +157,9 @@ class TitanMemory(MemoryStack):
             output = output.squeeze(0).unflatten(1, (shape[0], shape[2])).transpose(0, 1)
         state = _owned(fast)._replace(longterm=lasting) if keep_state else None
         trace = self._trace(gates[: len(written)], written, full, fast, shape)
+        if auxiliary is not None:
+            apart = self.of_frames(disagreements, shape)
+            trace = trace._replace(auxiliary=chunk_sum(apart, auxiliary, self.config.chunk_size))
         return output, state, trace._replace(longterm=change)
 
     def inputs(
@@ -194,6 +209,28 @@ class TitanMemory(MemoryStack):
         """Read all memories but the main one."""
         z = x.expand(MAIN, *x.shape)
         return self._gates(self.split(self.normed(recall(z, fast.w1[:MAIN], fast.w2[:MAIN]), slice(MAIN)), 1))
+
+    def disagreement(self, fast: FastWeights, gates: Gates) -> Float[Tensor, "batch tokens"]:
+        """Squared distance of what the main memory recalls at a chunk's keys to its values, mean over features.
+
+        Counted twice: once for the keys, with the values held, once for the values. The memory is held in both.
+        """
+        held = (w[-1:].detach() for w in (fast.w1, fast.w2))
+        recalled = recall(gates.key.unsqueeze(0), *held)[0]
+        apart = (recalled - gates.value.detach()).square() + (recalled.detach() - gates.value).square()
+        return apart.mean(dim=(0, 3))
+
+    def of_frames(
+        self, chunks: Sequence[Float[Tensor, "copies tokens"]], shape: Sequence[int]
+    ) -> Float[Tensor, "batch frames"]:
+        """Means over the tokens of each frame, from those of chunks; none for frames of a last chunk without any."""
+        batch, _, tokens = shape[:3]
+        if not chunks:
+            return at_least_fp32(self.w1).new_zeros(batch, 0)
+        together = torch.cat(list(chunks), dim=1)
+        if self.config.scope == "batch":
+            return together.view(-1, batch, tokens).mean(-1).T
+        return together.view(batch, -1, tokens).mean(-1)
 
     def at_start(self, chunks: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Gates, InnerGradient]]:
         """Gates and inner gradients of all chunks at the trained memories, those of equal length in one batch."""
@@ -268,6 +305,18 @@ def _percentile_99(step_size: Float[Tensor, "heads batch tokens each"]) -> Float
     """The smallest number that at least 99 % of a clip's are no larger than."""
     each = step_size.transpose(0, 1).flatten(1)
     return each.kthvalue(math.ceil(0.99 * each.shape[1]), dim=1).values
+
+
+def chunk_sum(
+    apart: Float[Tensor, "batch written"], weights: Float[Tensor, "batch frames"], size: int
+) -> Float[Tensor, " batch"]:
+    """Sum over chunks of the weighted mean over a chunk's frames that have a weight, of every clip."""
+    weights = weights[:, : apart.shape[1]].to(apart.dtype)
+    total = apart.new_zeros(len(apart))
+    for begin, end in _spans(apart.shape[1], size):
+        weight = weights[:, begin:end]
+        total = total + (apart[:, begin:end] * weight).sum(1) / (weight > 0).sum(1).clamp_min(1)
+    return total
 
 
 def _spans(frames: int, size: int) -> list[tuple[int, int]]:

@@ -108,6 +108,8 @@ def _memory(model: ModelConfig, kind: str, call: Pass, recompute: Recompute, pro
             parts.append(Kept(state + 2 * chunk.tokens * model.width * STREAM_BYTES, inside))
         else:
             parts.append(Kept(inside + state))
+        if chunk.taught:
+            parts.append(_auxiliary_chunk(model, chunk, recompute, product_bytes))
         if model.longterm is not None:
             parts.append(_longterm_chunk(model, chunk, product_bytes))
     return parts
@@ -138,6 +140,12 @@ def _chunk(model: ModelConfig, kind: str, chunk: Chunk, product_bytes: int) -> t
     together = kind == "H" and not chunk.last and written < len(MEMORIES)
     states = written * (1 + bool(memory.momentum)) + len(MEMORIES) * together
     return chunk.tokens * inside, states * state
+
+
+def _auxiliary_chunk(model: ModelConfig, chunk: Chunk, recompute: Recompute, product_bytes: int) -> Kept:
+    """W1 k and both differences, and with them the keys and values of a chunk that runs again."""
+    wide = model.memory.hidden_multiplier * model.width * product_bytes
+    return Kept(chunk.tokens * (wide + (4 if recompute == "chunk" else 2) * model.width * STREAM_BYTES))
 
 
 def _longterm_chunk(model: ModelConfig, chunk: Chunk, product_bytes: int) -> Kept:

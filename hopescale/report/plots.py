@@ -20,6 +20,7 @@ _LOSSES = (
     ("loss_teacher", "teacher forcing", style.BLUE),
     ("loss_jump", "jump", style.ORANGE),
     ("loss_rollout", "rollout", style.TEAL),
+    ("loss_auxiliary", "keys and values", style.PURPLE),
 )
 _SKILLS = (
     ("skill_one_step", "one step", style.BLUE),

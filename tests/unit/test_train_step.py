@@ -134,6 +134,7 @@ AHEAD = [
     "objective.jump_horizons=1",
     "objective.rollout={weight: 0.5, context: 1, steps: 3}",
     "objective.teacher_weight=0.25",
+    "objective.auxiliary_weight=0.125",
 ]
 
 
@@ -151,7 +152,7 @@ def test_the_objective_is_a_mean_over_the_frames_that_each_branch_scores() -> No
     losses = micro_losses(model, batch, config, 0)
     result = train_step(model, optimizer, step_of(batch), config, attempt=0, step=0)
     # Transitions 3 + 2 + 1 + 3; jumps of clips with a frame 2; frames 1 .. 3 of each clip.
-    expected = 0.25 * losses.teacher / 9 + losses.jump / 3 + 0.5 * losses.rollout / 9
+    expected = 0.25 * losses.teacher / 9 + losses.jump / 3 + 0.5 * losses.rollout / 9 + 0.125 * losses.auxiliary / 4
     torch.testing.assert_close(result.objective, expected.detach())
 
 

@@ -89,6 +89,21 @@ def test_chunks_that_do_not_run_again_are_not_asked_to(overrides: list[str], rea
         load_config([*overrides, f"parallel.recompute={other}"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.block_pattern=[S,T]"], "model.block_pattern=S-T"),
+        (["model.memory.self_modify=[]"], "model.memory.self_modify=[]"),
+        (["model.memory.chunk_size=7", "model.frames=8"], "model.memory.chunk_size=7 and the 7 transitions of"),
+    ],
+    ids=["no memory", "no writes", "one chunk"],
+)
+def test_keys_and_values_that_nothing_writes_are_not_taught(overrides: list[str], reason: str) -> None:
+    text = told([*overrides, "objective.auxiliary_weight=0.1"])
+    assert text.startswith(f"objective.auxiliary_weight=0.1: is ignored with {reason}")
+    load_config([*overrides, "objective.auxiliary_weight=0.0"])
+
+
 @pytest.mark.parametrize("model", ["model.block_pattern=[H]", "model.block_pattern=[S,U,S]", "model=ac_hope"])
 def test_chunks_of_any_memory_can_run_again(model: str) -> None:
     assert load_config([model, "parallel.recompute=chunk"]).parallel.recompute == "chunk"

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hopescale.config.compose import load_config
 from hopescale.model.build import build_predictor
-from hopescale.model.compat import AcHopePredictor, rotary_angles, rotate
+from hopescale.model.compat import AcHopeBlock, AcHopePredictor, rotary_angles, rotate
 from hopescale.model.init import initialise
-from hopescale.model.predictor import HopePredictor
-from hopescale.model.schema import ModelConfig
+from hopescale.model.predictor import HopePredictor, normalise
+from hopescale.model.schema import MEMORIES, ModelConfig
 from hopescale.optim.routing import route
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.activation_checkpointing import recompute_blocks
@@ -132,6 +133,32 @@ def test_stabilisers_bound_what_goes_back_and_change_nothing_forward() -> None:
     assert torch.equal(frames[0.0], frames[1.0])
     assert torch.equal(last[0.0], last[1.0])
     assert embedding[0.0].norm() > 5 * embedding[1.0].norm()
+
+
+def test_the_auxiliary_loss_trains_the_memories_that_make_keys_and_values_and_holds_the_main_one() -> None:
+    model, counted = filled(config()), torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    plain, taught = model(*inputs()), model(*inputs(), auxiliary=counted)
+    assert torch.equal(plain.frames, taught.frames)
+    block = model.blocks[0]
+    assert isinstance(block, AcHopeBlock)
+    own = block.memory
+    rows = "norm_weight", "w1", "w2"
+    for loss, trained in ((weighted(plain.frames), set()), (taught.traces[0].auxiliary.sum(), {"key", "value"})):
+        found = torch.autograd.grad(loss, [getattr(own, name) for name in rows])
+        assert {label for n, label in enumerate(MEMORIES) if found[0][n].any()} >= trained
+        assert bool(found[1][:2].any()) == bool(trained)
+    # The first frame of both clips, from the trained memories: LN on both sides, each side held in turn.
+    first = model(*(t[:, :2] for t in inputs()), auxiliary=counted[:, :2]).traces[0].auxiliary
+    tokens = block.norm1(model._tokens(normalise(inputs()[0]), *inputs()[1:], None, 0))[:, 0]
+
+    def read(label: str, z: Tensor) -> Tensor:
+        row = MEMORIES.index(label)
+        out = z + F.gelu(z @ own.w1[row, 0].T) @ own.w2[row, 0].T
+        return F.layer_norm(out, (24,), own.norm_weight[row], own.norm_bias[row])
+
+    key = rotate(read("key", tokens)[:, None], model._angles(tokens[:, None], None), own.config.rope_heads)[:, 0]
+    apart = 2 * (read("main", key) - read("value", tokens)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(first, apart)
 
 
 def _with_gradient(model: nn.Module) -> list[Any]:

@@ -96,7 +96,7 @@ def counted(
             consolidate=model.longterm is not None,
         )
         forward = counter.get_total_flops()
-        torch.stack([losses.teacher, losses.jump, losses.rollout]).sum().backward()
+        torch.stack([losses.teacher, losses.jump, losses.rollout, losses.auxiliary]).sum().backward()
     return forward / batch, (counter.get_total_flops() - forward) / batch
 
 
@@ -115,6 +115,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], Recompute]] = [
         for rule in get_args(MemoryConfig.model_fields["chunk_rule"].annotation)
     ],
     ({"memory": {"chunk_size": 4}}, ALL, "none"),
+    *[({"block_pattern": ("U", "H")}, {**ALL, "auxiliary_weight": 0.1}, recompute) for recompute in ("none", "chunk")],
+    *[
+        ({"block_pattern": ("H", "U"), "memory": memory}, {**TEACHER, "auxiliary_weight": 0.1}, "block")
+        for memory in ({"meta_grad": "straight_through"}, {"meta_grad": "fo", "chunk_rule": "scan"}, {"chunk_size": 2})
+    ],
     ({"memory": {"self_modify": ["main"], "momentum": 0.5}}, ALL, "none"),
     ({"memory": {"self_modify": []}}, LATE_JUMP, "none"),
     *[({"memory": {"detach_interval": n, "detach_rule": "all", "meta_grad": "so"}}, ALL, "none") for n in (1, 2)],

@@ -78,6 +78,8 @@ def saved_bytes(model: ModelConfig, objective: ObjectiveConfig, recompute: Recom
         ({"memory": {"chunk_size": 2}}, TEACHER, "fp32"),
         ({"memory": {"self_modify": ["main"]}}, TEACHER, "fp32"),
         ({"memory": {"self_modify": []}}, TEACHER, "fp32"),
+        ({"memory": {"self_modify": ["main"]}}, {**TEACHER, "auxiliary_weight": 0.1}, "fp32"),
+        ({"block_pattern": ("U", "U")}, {**TEACHER, "auxiliary_weight": 0.1}, "bf16"),
         ({"memory": {"momentum": 0.5}}, TEACHER, "fp32"),
         ({"memory": {"chunk_rule": "token_exact"}}, TEACHER, "fp32"),
         ({"memory": {"chunk_rule": "scan"}}, TEACHER, "fp32"),
