@@ -195,7 +195,7 @@ def _memory_panels(record: RunRecord) -> list[Panel]:
                 lambda: plots.surprise_over_frames(evaluation),
             )
         )
-    if evaluation.cms_active.size:
+    if not evaluation.cms_active.all():
         panels.append(
             Panel(
                 "cms",
@@ -281,6 +281,8 @@ def _notes(record: RunRecord) -> str:
         notes.append("No surprise figure: the model has no memory blocks.")
     if not record.evaluation.cms_active.size:
         notes.append("No activity figure: the model has no Continuum Memory System.")
+    elif record.evaluation.cms_active.all():
+        notes.append("No activity figure: every level of the Continuum Memory System acts at every frame.")
     if record.unreadable_lines:
         notes.append(f"{record.unreadable_lines} unreadable lines of metrics.jsonl were skipped.")
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)

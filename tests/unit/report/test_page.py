@@ -96,6 +96,12 @@ def test_without_pixels_or_memories_the_page_says_what_it_leaves_out(make_run: C
     assert "no Continuum Memory System" in text
 
 
+def test_levels_that_act_at_every_frame_are_told_in_words(make_run: Callable[..., Path]) -> None:
+    page = write_report(make_run(cms_active=np.ones((2, 3, 7), dtype=bool)))
+    assert "every level of the Continuum Memory System acts at every frame" in page.read_text()
+    assert not (page.parent / "cms.png").exists()
+
+
 def test_numbers_command_and_config_are_on_the_page(page_path: Path) -> None:
     words = " ".join(Page(page_path.read_text()).words)
     assert "hopescale demo" in words
