@@ -49,14 +49,34 @@ def record_traces(recorder: Recorder, traces: Sequence[MemoryTrace], clips: Clip
     if not traces:
         return
     trace, holders = _stacked(traces)
-    frames = np.arange(trace.level_ratio.shape[2])
-    counts = clips.weights.numpy()[:, None] * (frames + 1 < clips.lengths.numpy()[:, None])
-    weights = torch.from_numpy(counts).to(clips.features.device, non_blocking=True)
+    counts, weights = _counted(clips, trace.level_ratio.shape[2])
     _record_levels(recorder, trace.level_ratio, counts, weights, model)
-    chunks = slice(None, trace.surprise.shape[2] * model.memory.chunk_size, model.memory.chunk_size)
+    chunks = _written(trace, model)
     if trace.surprise.shape[2]:
         _record_writes(recorder, trace, counts[:, chunks], weights[:, chunks])
         _record_memories(recorder, trace, holders, counts[:, chunks], weights[:, chunks])
+
+
+def record_surprise(recorder: Recorder, traces: Sequence[MemoryTrace], clips: ClipBatch, model: ModelConfig) -> None:
+    """The surprise of one micro-batch of a log step alone, which the curriculum is decided by."""
+    if not traces:
+        return
+    trace, _ = _stacked(traces)
+    counts, weights = _counted(clips, trace.level_ratio.shape[2])
+    chunks = _written(trace, model)
+    total = _weighed(trace.surprise, weights[:, chunks]).sum()
+    recorder.add("curriculum_surprise", total, len(trace.surprise) * float(counts[:, chunks].sum()))
+
+
+def _counted(clips: ClipBatch, frames: int) -> tuple[Float[np.ndarray, "clips frames"], Float[Tensor, "clips frames"]]:
+    """Which frames count, on the host and on the device."""
+    counts = clips.weights.numpy()[:, None] * (np.arange(frames) + 1 < clips.lengths.numpy()[:, None])
+    return counts, torch.from_numpy(counts).to(clips.features.device, non_blocking=True)
+
+
+def _written(trace: MemoryTrace, model: ModelConfig) -> slice:
+    """The first frame of every written chunk."""
+    return slice(None, trace.surprise.shape[2] * model.memory.chunk_size, model.memory.chunk_size)
 
 
 def _stacked(traces: Sequence[MemoryTrace]) -> tuple[MemoryTrace, list[int]]:

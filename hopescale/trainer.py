@@ -25,12 +25,12 @@ from hopescale.diagnostics import (
     record_moves,
     record_pace,
     record_parameters,
+    record_surprise,
     record_traces,
 )
 from hopescale.errors import Diverged, Problem
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
-from hopescale.model.objective import ClipLosses
 from hopescale.optim.m3 import M3
 from hopescale.parallel.agreement import Together
 from hopescale.run_folder import Attempt
@@ -159,7 +159,7 @@ class Trainer:
                 add("loss_auxiliary", losses.auxiliary, clips.num_frames(0, 1))
             record_traces(self.recorder, losses.traces, clips, self.config.model)
             if self.curriculum.awaited is not None and (self.state.step + 1) % self.config.metrics.every == 0:
-                self.record_surprise(losses, clips)
+                record_surprise(self.recorder, losses.traces, clips, self.config.model)
         for group, norm in zip(self.optimizer.param_groups, result.norms, strict=True):
             add("grad_norm", norm, group=group["name"])
         add("grad_norm", result.norms.square().sum().sqrt())
@@ -169,14 +169,6 @@ class Trainer:
         self.recorder.set("learning_rate", self.config.optimizer.lr * result.rate)
         for group in self.optimizer.param_groups:
             self.recorder.set("learning_rate", group["lr"], group=group["name"])
-
-    def record_surprise(self, losses: ClipLosses, clips: ClipBatch) -> None:
-        """Surprise at the true frames of one micro-batch of the log step itself, for the curriculum."""
-        for trace in losses.traces:
-            first_frames = torch.arange(trace.surprise.shape[1]) * self.config.model.memory.chunk_size
-            counted = clips.weights[:, None] * (first_frames + 1 < clips.lengths[:, None])
-            total = torch.where(counted.to(self.device) > 0, trace.surprise, 0.0).sum()
-            self.recorder.add("curriculum_surprise", total, float(counted.sum()))
 
     def log(self) -> None:
         """Reduce and publish everything recorded since the last log step; the curriculum learns what all ranks know."""
