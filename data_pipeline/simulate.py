@@ -55,8 +55,6 @@ HIDDEN_MASS = (1.2, 4.8)
 HIDDEN_FRICTION = (0.2, 0.5)
 HIDDEN_REACH = (25.0, 37.0)
 """World units that a push of `hidden` carries the block of least mass and friction; others go less far, to 1/40."""
-HIDDEN_PAUSE = 2
-"""Transition of `hidden` without a push."""
 _HIDDEN_PACE = 9
 """A frame of `hidden` lasts as long as this many of the other partitions: by then any push has spent itself."""
 _HIDDEN_MARGIN = 26.0

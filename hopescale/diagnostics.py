@@ -51,7 +51,7 @@ def record_traces(recorder: Recorder, traces: Sequence[MemoryTrace], clips: Clip
     trace, holders = _stacked(traces)
     counts, weights = _counted(clips, trace.level_ratio.shape[2])
     _record_levels(recorder, trace.level_ratio, counts, weights, model)
-    chunks = _written(trace, model)
+    chunks = _written(trace.surprise, model)
     if trace.surprise.shape[2]:
         _record_writes(recorder, trace, counts[:, chunks], weights[:, chunks])
         _record_memories(recorder, trace, holders, counts[:, chunks], weights[:, chunks])
@@ -61,11 +61,11 @@ def record_surprise(recorder: Recorder, traces: Sequence[MemoryTrace], clips: Cl
     """The surprise of one micro-batch of a log step alone, which the curriculum is decided by."""
     if not traces:
         return
-    trace, _ = _stacked(traces)
-    counts, weights = _counted(clips, trace.level_ratio.shape[2])
-    chunks = _written(trace, model)
-    total = _weighed(trace.surprise, weights[:, chunks]).sum()
-    recorder.add("curriculum_surprise", total, len(trace.surprise) * float(counts[:, chunks].sum()))
+    surprise = torch.stack([trace.surprise for trace in traces])
+    counts, weights = _counted(clips, traces[0].level_ratio.shape[1])
+    chunks = _written(surprise, model)
+    total = _weighed(surprise, weights[:, chunks]).sum()
+    recorder.add("curriculum_surprise", total, len(surprise) * float(counts[:, chunks].sum()))
 
 
 def _counted(clips: ClipBatch, frames: int) -> tuple[Float[np.ndarray, "clips frames"], Float[Tensor, "clips frames"]]:
@@ -74,9 +74,9 @@ def _counted(clips: ClipBatch, frames: int) -> tuple[Float[np.ndarray, "clips fr
     return counts, torch.from_numpy(counts).to(clips.features.device, non_blocking=True)
 
 
-def _written(trace: MemoryTrace, model: ModelConfig) -> slice:
+def _written(surprise: Float[Tensor, "blocks clips writes"], model: ModelConfig) -> slice:
     """The first frame of every written chunk."""
-    return slice(None, trace.surprise.shape[2] * model.memory.chunk_size, model.memory.chunk_size)
+    return slice(None, surprise.shape[2] * model.memory.chunk_size, model.memory.chunk_size)
 
 
 def _stacked(traces: Sequence[MemoryTrace]) -> tuple[MemoryTrace, list[int]]:

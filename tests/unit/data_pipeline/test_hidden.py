@@ -14,7 +14,6 @@ from data_pipeline.simulate import (
     FULL_IMPULSE,
     HIDDEN_FRICTION,
     HIDDEN_MASS,
-    HIDDEN_PAUSE,
     PARTITIONS,
     SIMULATOR_VERSION,
     VIEW,
@@ -28,6 +27,8 @@ pytest.importorskip("PIL")
 
 SPEC = SimulationSpec(partitions=("hidden",), size=32)
 CONTEXT = 4
+HIDDEN_PAUSE = 2
+"""Transition without a push."""
 
 
 class Clips(NamedTuple):
