@@ -155,7 +155,7 @@ class Trainer:
             for branch, weight in objective.weights.items():
                 if weight:
                     add(f"loss_{branch}", getattr(losses, branch), clips.num_frames(*objective.scored[branch]))
-            if objective.auxiliary_weight:
+            if objective.auxiliary_weight and objective.teacher_weight:
                 add("loss_auxiliary", losses.auxiliary, clips.num_frames(0, 1))
             record_traces(self.recorder, losses.traces, clips, self.config.model)
             if self.curriculum.awaited is not None and (self.state.step + 1) % self.config.metrics.every == 0:

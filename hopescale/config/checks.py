@@ -80,7 +80,7 @@ def _plateau_problems(config: Config) -> Iterator[Problem]:
             field = f"objective.curriculum.{number}.plateau.patience"
             rule = f"must be a multiple of metrics.every={every}, the steps at which all ranks learn the surprise"
             yield Problem(field, plateau.patience, rule, "change one of them")
-    if waiting and not (model.memory.self_modify and {"H", "U"} & set(model.block_pattern)):
+    if waiting and not (model.memory.self_modify and model.has_memory):
         rule = "writes no memory whose surprise could reach the plateau that objective.curriculum waits for"
         fix = "put an H block into it and a memory into model.memory.self_modify, or give the phase a start"
         yield Problem("model.block_pattern", "-".join(model.block_pattern), rule, fix)
@@ -108,7 +108,7 @@ def _auxiliary_problems(config: Config) -> Iterator[Problem]:
     weight, model = config.objective.auxiliary_weight, config.model
     chunk, transitions = model.memory.chunk_size, model.frames - 1
     reasons = (
-        (not {"H", "U"} & set(model.block_pattern), f"model.block_pattern={'-'.join(model.block_pattern)}"),
+        (not model.has_memory, f"model.block_pattern={'-'.join(model.block_pattern)}"),
         (not model.memory.self_modify, "model.memory.self_modify=[]"),
         (transitions <= chunk, f"model.memory.chunk_size={chunk} and the {transitions} transitions of model.frames"),
     )
@@ -125,7 +125,7 @@ def _recompute_problems(config: Config) -> Iterator[Problem]:
         return
     pattern = "-".join(model.block_pattern)
     reasons = (
-        (not {"H", "U"} & set(model.block_pattern), f"model.block_pattern={pattern} has no block with a memory"),
+        (not model.has_memory, f"model.block_pattern={pattern} has no block with a memory"),
         (model.memory.chunk_rule == "scan", "model.memory.chunk_rule=scan computes all chunks at once"),
         (not model.memory.self_modify, "model.memory.self_modify=[] writes no chunk"),
     )

@@ -278,6 +278,11 @@ class ModelConfig(BaseModel):
         return self.temporal_embeddings or (self.compat == "ac_hope" and self.ac_hope.rope_heads > 0)
 
     @property
+    def has_memory(self) -> bool:
+        """Whether a block of the pattern holds Titan memories."""
+        return bool({"H", "U"} & set(self.block_pattern))
+
+    @property
     def shares_memory_over_batch(self) -> bool:
         """Whether a clip's prediction depends on the clips beside it, so that a batch must stay in one piece."""
         return self.memory.scope == "batch"
@@ -357,7 +362,7 @@ class ModelConfig(BaseModel):
         fix = "leave model.longterm out"
         rule = "has no block with memories, H or U, that model.longterm could add one to"
         pattern = "".join(self.block_pattern)
-        yield bool(set(pattern) & {"H", "U"}), "block_pattern", pattern, rule, f"{fix}, or add an H or U block"
+        yield self.has_memory, "block_pattern", pattern, rule, f"{fix}, or add an H or U block"
         rule = "leaves no clip a memory of its own, whose changes model.longterm could carry over"
         yield memory.scope == "clip", "memory.scope", memory.scope, rule, f"{fix}, or set memory.scope=clip"
         rule = "leaves out main, and the memory of model.longterm is written with it"

@@ -13,13 +13,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 # Any fall short of 90 % is a plateau: it is seen after two windows, 4 .. 6 and 7 .. 8.
 PHASES = [
     "{start: 3, jump_weight: 0.5, rollout_weight: 0.5}",
-    "{plateau: {patience: 2, min_fall: 0.9}, rollout_steps: 3, jump_weight: 0.0}",
+    "{plateau: {patience: 2, min_fall: 0.9}, rollout_steps: 3, jump_weight: 0.0, teacher_weight: 0.0}",
 ]
 SETTINGS = (
     "train.global_batch=3",
     "train.steps=10",
     "metrics.every=2",
     "objective.rollout.context=2",
+    "objective.auxiliary_weight=0.1",
     f"objective.curriculum=[{','.join(PHASES)}]",
 )
 
@@ -44,7 +45,8 @@ def test_a_plateau_is_seen_at_the_same_step_by_a_run_stopped_between_its_log_ste
     assert {step for step, record in logged.items() if "loss_rollout" in record} == {4, 6, 8, 10}
     assert {step for step, record in logged.items() if "curriculum_surprise" in record} == {4, 6, 8}
     assert logged[10]["objective_weight_rollout"] == 0.5
-    assert "loss_jump" not in logged[10]
+    assert "loss_auxiliary" in logged[8]
+    assert not {"loss_jump", "loss_teacher", "loss_auxiliary"} & logged[10].keys()
 
     # Cut where a window of surprise is half full, one step before the log step that sees the plateau.
     assert train(2, "stopped", *SETTINGS, "train.stop_after=7").status["step"] == 7
