@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).with_name("results")
+STEP_COST = RESULTS / "step_cost.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Trained:
     group: str
     name: str
     runs: tuple[dict[str, Any], ...]
+    step_seconds: float | None = None
+    """What a training step takes where nothing disturbs it; None if that was not measured."""
 
     @property
     def steps(self) -> np.ndarray:
@@ -48,8 +51,14 @@ class Trained:
 
     @property
     def seconds(self) -> np.ndarray:
-        """Training seconds by then, [n]: the median over seeds, for a machine that was disturbed during one of them."""
-        return np.median([run["curve"]["train_seconds"] for run in self.runs], axis=0)
+        """Training seconds by then, [n].
+
+        Raises:
+            ValueError: nobody measured what a step takes.
+        """
+        if self.step_seconds is None:
+            raise ValueError(f"{STEP_COST.name} has no seconds of {self.group}/{self.name}: run step_cost.py")
+        return self.steps * self.step_seconds
 
     @property
     def parameters(self) -> int:
@@ -89,13 +98,15 @@ def load_group(results: Path, group: str, names: Sequence[str]) -> list[Trained]
         ValueError: runs of the group cannot be compared, for they differ in steps or in ranks.
     """
     rows, kinds = [], {}
+    measured = results / STEP_COST.name
+    costs = json.loads(measured.read_text()).get(group, {}) if measured.is_file() else {}
     for name in names:
         files = sorted((results / group).glob(f"{name}-seed*.json"))
         runs = [json.loads(file.read_text()) for file in files]
         for file, run in zip(files, runs, strict=True):
             kinds.setdefault((tuple(run["curve"]["step"]), run["ranks"]), file)
         if runs:
-            rows.append(Trained(group, name, tuple(runs)))
+            rows.append(Trained(group, name, tuple(runs), costs.get(name)))
     if len(kinds) > 1:
         raise ValueError(f"runs of other steps or ranks cannot be compared: {', '.join(map(str, kinds.values()))}")
     return rows

@@ -71,8 +71,11 @@ def _rows() -> list[Row]:
         "eta-max-30": ("model.memory.eta_max=30.0",),
         "eta-max-150": ("model.memory.eta_max=150.0",),
         "eta-max-600": ("model.memory.eta_max=600.0",),
+        "spatial-mixing": ("model.spatial_mixing=true",),
     }
+    both = (*changes["self-modify-main"], *changes["spatial-mixing"])
     changes |= {"-".join(letters): (_pattern(letters),) for letters in ("THT", "TTT", "HHH", "SSS", "UUU")}
+    changes |= {"S-H-S-main-mixing": both, "T-H-T-main-mixing": (_pattern("THT"), *both)}
     rows = [Row("demo", name, "demo", "full", change) for name, change in changes.items()]
     # S-S-S remembers nothing: what it reaches is reached without memory.
     rows += [

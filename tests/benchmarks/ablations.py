@@ -2,8 +2,7 @@
 
 `python tests/benchmarks/ablations.py [--only 'demo/*'] [--seeds 0 1 2] [--ranks 2] [--list]` makes the clips it needs,
 once, and trains what has no file yet: stop it at any time and start it again. A run of the demo's size takes about four
-minutes on two cores; nothing else should run beside it, for its training seconds count. The files are drawn by
-`ablation_report.py`.
+minutes on two cores. `step_cost.py` times the steps, and `ablation_report.py` draws what both have kept.
 """
 
 from __future__ import annotations

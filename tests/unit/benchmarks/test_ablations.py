@@ -14,9 +14,9 @@ from tests.benchmarks.ablation_rows import DATA, ROWS
 STEPS = [10, 20, 30, 40]
 
 
-def figures(seconds_a_step: float = 1.0, rise: float = 0.01, **changes: Any) -> dict[str, Any]:
+def figures(rise: float = 0.01, **changes: Any) -> dict[str, Any]:
     """Figures of a run whose skills grow by `rise` a step."""
-    curve: dict[str, list[Any]] = {"step": STEPS, "train_seconds": [s * seconds_a_step for s in STEPS]}
+    curve: dict[str, list[Any]] = {"step": STEPS, "train_seconds": STEPS}
     skills = ("skill_one_step", "skill_far", "skill_jump", "skill_context")
     curve |= {skill: [rise * s for s in STEPS] for skill in skills}
     ratios = ("writes_off_ratio_one_step", "writes_off_ratio_far", "writes_off_ratio_context", "no_past_ratio_context")
@@ -24,8 +24,8 @@ def figures(seconds_a_step: float = 1.0, rise: float = 0.01, **changes: Any) -> 
     return {"ranks": 2, "parameters": 1234, "curve": curve, "result": result} | changes
 
 
-def trained(*runs: dict[str, Any]) -> Trained:
-    return Trained("demo", "default", runs)
+def trained(step_seconds: float | None, *runs: dict[str, Any]) -> Trained:
+    return Trained("demo", "default", runs, step_seconds)
 
 
 def test_rows_have_names_of_their_own_and_every_one_composes() -> None:
@@ -93,16 +93,15 @@ def test_spread_is_mean_and_half_range_and_needs_every_seed() -> None:
 
 
 def test_a_skill_at_equal_time_is_read_between_two_evaluations() -> None:
-    fast, slow = trained(figures(1.0)), trained(figures(2.0, rise=0.02))
+    fast, slow = trained(1.0, figures()), trained(2.0, figures(rise=0.02))
     assert equal_time([fast, slow]) == 40
     assert fast.at_time("skill_far", 40) == Spread(mean=0.4, half_range=0, count=1)
     found = slow.at_time("skill_far", 50)
     assert found is not None
     assert found.mean == pytest.approx(0.5)
     assert slow.at_time("skill_far", 19) is None, "nothing was measured before the first evaluation"
-    # One of three seeds ran beside something else: its steps took longer, its curve is as good.
-    disturbed = trained(figures(1.0), figures(1.0), figures(5.0))
-    assert disturbed.seconds.tolist() == fast.seconds.tolist()
+    with pytest.raises(ValueError, match=r"no seconds of demo/default: run step_cost\.py"):
+        equal_time([fast, trained(None, figures())])
 
 
 def test_runs_of_different_length_or_ranks_are_not_compared(tmp_path: Path) -> None:
@@ -116,9 +115,10 @@ def test_runs_of_different_length_or_ranks_are_not_compared(tmp_path: Path) -> N
 def test_the_table_has_a_row_for_each_configuration_and_dashes_for_what_is_missing(tmp_path: Path) -> None:
     for seed, rise in enumerate((0.01, 0.012)):
         keep(tmp_path / "demo" / f"default-seed{seed}.json", figures(rise=rise))
-    other = figures(2.0)
+    other = figures()
     other["result"]["skill_jump"] = None
     keep(tmp_path / "demo" / "T-T-T-seed0.json", other)
+    keep(tmp_path / "step_cost.json", {"threads": 1, "demo": {"default": 1.0, "T-T-T": 2.0}})
     rows = load_group(tmp_path, "demo", ablation_report.names_of("demo"))
     header, _, default, attention = ablation_report.group_table(rows).splitlines()
     assert "far in 40 s" in header
@@ -130,6 +130,8 @@ def test_the_report_holds_tables_picture_and_costs(tmp_path: Path, monkeypatch: 
     pytest.importorskip("matplotlib")
     for group, name in (("demo", "default"), ("hidden", "S-H-S"), ("hidden", "T-T-T"), ("length", "T-T-T-15")):
         keep(tmp_path / "results" / group / f"{name}-seed0.json", figures())
+    seconds = {"demo": {"default": 1.0}, "hidden": {"S-H-S": 1.0, "T-T-T": 1.0}}
+    keep(tmp_path / "results" / "step_cost.json", seconds)
     costs = [
         {"transitions": t, "patches": patches, "seconds_ratio": ratio, "flops_ratio": 2 * ratio}
         for t in (7, 15)
