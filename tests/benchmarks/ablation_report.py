@@ -44,11 +44,11 @@ INTRODUCTION = """\
 # Ablations
 
 Made from the figures in `results/` by `python tests/benchmarks/ablations.py`, `step_cost.py`, `clip_cost.py` and
-`ablation_report.py`. Mean ± half the range over seeds. Skill: 1 is perfect, 0 repeats the last frame given. *Writes off*
-and *no past* are error ratios: with memory writes disabled, and with the newest of four true frames alone. Equal steps:
-after the whole run. Equal time: read from the same curves after the training seconds of the group's fastest row, where
-the learning rate of slower rows has not yet fallen to its end. Training seconds are steps times the seconds of a step
-without data and evaluation, one thread, all rows taking turns in one process (`step_cost.py`).
+`ablation_report.py`. Mean ± half the range over seeds. Skill: 1 is perfect, 0 repeats the last frame given. *Writes
+off* and *no past* are error ratios: with memory writes disabled, and with the newest of four true frames alone. Equal
+steps: after the whole run. Equal time: read from the same curves after the training seconds of the group's fastest row,
+where the learning rate of slower rows has not yet fallen to its end. Training seconds are steps times the seconds of a
+step without data and evaluation, one thread, all rows taking turns in one process (`step_cost.py`).
 
 ![Held-out skill against training time](ablations.png)
 """
