@@ -1,7 +1,7 @@
 """Turns what `ablations.py`, `step_cost.py` and `clip_cost.py` have kept into tables and one picture.
 
-`python tests/benchmarks/ablation_report.py [--results FOLDER] [--out FOLDER]` writes ABLATIONS.md and ablations.png.
-Rows without a result are left out; runs that cannot be compared are refused.
+`python tests/benchmarks/ablation_report.py [--results FOLDER] [--out FOLDER]` writes ABLATIONS.md, ablations.png and
+the tables of the README. Rows without a result are left out; runs that cannot be compared are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Column = tuple[str, Callable[[Trained], Spread | None]]
 
+README = Path(__file__).parents[2] / "README.md"
+MARKS = ("<!-- ablations -->\n", "<!-- /ablations -->\n")
+
 TITLES = {"demo": "The demo, one change at a time", "hidden": "The probe: hidden friction and mass"}
 SKILL_SHOWN = {"demo": "skill_far", "hidden": "skill_context"}
 """The skill that the picture shows, and that is read at equal time, by group."""
@@ -31,6 +34,24 @@ SKILL_TITLES = {
     "skill_jump": "jump",
     "skill_context": "after four true frames",
 }
+RATIO_TITLES = {
+    "writes_off_ratio_one_step": "writes off, one step",
+    "writes_off_ratio_far": "writes off, far",
+    "writes_off_ratio_context": "writes off, after four",
+    "no_past_ratio_context": "no past, after four",
+}
+TIMED = ("skill_one_step", "skill_far", "skill_context")
+"""Skills that evaluations during training measure, and that are read at equal time."""
+WHOLE = {
+    "demo": (("skill_one_step", "skill_far", "skill_jump"), ("writes_off_ratio_one_step", "writes_off_ratio_far")),
+    "hidden": (("skill_one_step", "skill_context"), ("writes_off_ratio_context", "no_past_ratio_context")),
+}
+"""Skills and ratios of a group's table."""
+BRIEF = {
+    "demo": (("skill_one_step", "skill_far"), ("writes_off_ratio_far",)),
+    "hidden": (("skill_context",), ("writes_off_ratio_context",)),
+}
+"""The same in the README."""
 COLOURS = {
     "S-H-S": style.BLUE,
     "T-T-T": style.ORANGE,
@@ -66,38 +87,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def group_table(rows: Sequence[Trained]) -> str:
-    """One row a configuration: skills at equal steps and at equal time, ratios, cost."""
-    first, limit = rows[0], equal_time(rows)
-    hidden = first.group != "demo"
-    skills = ["skill_one_step", "skill_context"] if hidden else ["skill_one_step", "skill_far", "skill_jump"]
-    ratios = [
-        ("writes off, after four", "writes_off_ratio_context"),
-        ("no past, after four", "no_past_ratio_context"),
-    ]
-    if not hidden:
-        ratios = [("writes off, one step", "writes_off_ratio_one_step"), ("writes off, far", "writes_off_ratio_far")]
+def group_table(rows: Sequence[Trained], *, brief: bool = False) -> str:
+    """One row a configuration: skills at equal steps and at equal time, ratios, cost.
+
+    Args:
+        rows: of one group; the first takes time 1.
+        brief: only what the README shows.
+    """
+    group = "demo" if rows[0].group == "demo" else "hidden"
+    skills, ratios = (BRIEF if brief else WHOLE)[group]
+    limit = equal_time(rows)
     columns: list[Column] = [(SKILL_TITLES[name], lambda row, name=name: row.final(name)) for name in skills]
     columns += [
         (f"{SKILL_TITLES[name]} in {limit:.0f} s", lambda row, name=name: row.at_time(name, limit))
         for name in skills
-        if name != "skill_jump"
+        if name in TIMED
     ]
-    columns += [(title, lambda row, name=name: row.final(name)) for title, name in ratios]
-    header = ["", "seeds", "parameters", "time a step", *(title for title, _ in columns)]
-    return table(
-        header,
-        [
-            [
-                row.name,
-                str(len(row.runs)),
-                f"{row.parameters:,}",
-                f"{pace(row) / pace(first):.2f}",
-                *(cell(figure(row)) for _, figure in columns),
-            ]
-            for row in rows
-        ],
-    )
+    columns += [(RATIO_TITLES[name], lambda row, name=name: row.final(name)) for name in ratios]
+    facts = [] if brief else ["seeds", "parameters"]
+    lines = []
+    for row in rows:
+        known = {"seeds": str(len(row.runs)), "parameters": f"{row.parameters:,}"}
+        figures = [f"{pace(row) / pace(rows[0]):.2f}", *(cell(figure(row)) for _, figure in columns)]
+        lines.append([row.name, *(known[fact] for fact in facts), *figures])
+    return table(["", *facts, "time a step", *(title for title, _ in columns)], lines)
 
 
 def pace(row: Trained) -> float:
@@ -172,11 +185,27 @@ def draw_skill(axes: Axes, rows: Sequence[Trained], skill: str) -> None:
     style.label_ends(axes, ends, bold="S-H-S")
 
 
+def show_in(readme: Path, groups: dict[str, list[Trained]]) -> None:
+    """Put the short tables between the marks of a README.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    text = readme.read_text()
+    if not all(mark in text for mark in MARKS):
+        raise ValueError(f"{readme} has no place for the tables: put {MARKS[0]} and {MARKS[1]} around it")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    tables = [f"{TITLES[group]}:\n\n{group_table(rows, brief=True)}" for group, rows in groups.items()]
+    readme.write_text("\n".join([before + MARKS[0], *tables]) + MARKS[1] + after)
+
+
 def main() -> None:
-    """Write the page and the picture."""
+    """Write the page and the picture, and the README's tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS.parent)
+    parser.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args()
     groups = {group: load_group(arguments.results, group, names_of(group)) for group in TITLES}
     groups = {group: rows for group, rows in groups.items() if rows}
@@ -186,7 +215,8 @@ def main() -> None:
     page = INTRODUCTION + "".join(parts) + cost_table(arguments.results)
     (arguments.out / "ABLATIONS.md").write_text(page)
     draw(groups).savefig(arguments.out / "ablations.png", metadata={"Software": None})
-    print(f"{arguments.out / 'ABLATIONS.md'}\n{arguments.out / 'ablations.png'}")
+    show_in(arguments.readme, groups)
+    print(f"{arguments.out / 'ABLATIONS.md'}\n{arguments.out / 'ablations.png'}\n{arguments.readme}")
 
 
 def run_line(rows: Sequence[Trained]) -> str:

@@ -138,9 +138,22 @@ def test_the_report_holds_tables_picture_and_costs(tmp_path: Path, monkeypatch: 
         for patches, ratio in ((16, 1.5), (64, 2.5))
     ]
     keep(tmp_path / "results" / "clip_cost.json", {"rows": costs})
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path)])
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- ablations -->\nold\n<!-- /ablations -->\nbelow\n")
+    places = {"--results": tmp_path / "results", "--out": tmp_path, "--readme": readme}
+    monkeypatch.setattr("sys.argv", ["report", *(str(part) for item in places.items() for part in item)])
     ablation_report.main()
     page = (tmp_path / "ABLATIONS.md").read_text()
     assert "| 7 | 1.50 | 3.00 | 2.50 | 5.00 | 0.400 | 0.400 | 0.400 | 0.400 |" in page
     assert "| 15 | 1.50 | 3.00 | 2.50 | 5.00 | – | 0.400 | – | 0.400 |" in page
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
+    shown = readme.read_text()
+    assert shown.startswith("above\n<!-- ablations -->\n\nThe demo, ")
+    assert shown.endswith("|\n<!-- /ablations -->\nbelow\n")
+    assert "old" not in shown
+    assert "| default | 1.00 | 0.400 | 0.400 | 0.400 | 0.400 | 1.250 |" in shown
+    assert "|  | time a step | after four true frames | " in shown
+
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="no place for the tables"):
+        ablation_report.main()
