@@ -250,9 +250,9 @@ def _defined(value: Tensor) -> float | None:
 
 @torch.no_grad()
 def surprise_by_frame(model: nn.Module, reader: ClipReader, chunk_size: int, device: torch.device) -> np.ndarray:
-    """Mean surprise of each H block at each true frame of the held-out clips: [blocks, transitions].
+    """Mean surprise of each block with memories at each true frame of the held-out clips: [blocks, transitions].
 
-    Frames written together, `chunk_size` of them, share their write's surprise.
+    Frames written together, `chunk_size` of them, share their write's surprise. No rows where no memory is written.
     """
     sums, counts = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for rows, _ in _rows(reader.num_clips, 16, 0, 1):
@@ -260,9 +260,9 @@ def surprise_by_frame(model: nn.Module, reader: ClipReader, chunk_size: int, dev
         states = None if clips.states is None else clips.states[:, :-1]
         traces = model(clips.features[:, :-1], clips.actions, states, keep_state=True).traces
         transitions = clips.actions.shape[1]
-        if not traces:
+        by_write = torch.stack([trace.surprise for trace in traces]) if traces else torch.zeros(0, 0, 0)
+        if not by_write.numel():
             return np.zeros((0, transitions), np.float32)
-        by_write = torch.stack([trace.surprise for trace in traces])
         by_frame = by_write.repeat_interleave(chunk_size, dim=2)[:, :, :transitions]
         valid = torch.arange(1, transitions + 1, device=device) < clips.lengths.to(device)[:, None]
         sums = sums + torch.where(valid, by_frame, 0.0).sum(1).double().cpu()

@@ -71,14 +71,14 @@ class Scripted(nn.Module):
         return Prediction(normalise(moved), cast(Any, state), ())
 
 
-def predictor() -> HopePredictor:
+def predictor(**memory: Any) -> HopePredictor:
     config = {
         "encoder_dim": CHANNELS,
         "grid": (1, PATCHES),
         "frames": FRAMES,
         "width": 12,
         "block_pattern": ("S", "H"),
-        "memory": {"hidden_multiplier": 1.0},
+        "memory": {"hidden_multiplier": 1.0, **memory},
         "cms": {"levels": [{"period": 2, "hidden_multiplier": 1.0}]},
         "attention": {"heads": 2, "mlp_multiplier": 1.0},
     }
@@ -363,3 +363,4 @@ def test_surprise_has_a_row_for_each_block_with_memory() -> None:
     assert surprise.shape == (1, FRAMES - 1)
     assert ((surprise > 0) & (surprise <= 2)).all()
     assert surprise_by_frame(Scripted(), reader, 1, CPU).shape == (0, FRAMES - 1)
+    assert surprise_by_frame(predictor(self_modify=()), reader, 1, CPU).shape == (0, FRAMES - 1), "nothing is written"
