@@ -35,7 +35,8 @@ def consolidate(model: nn.Module, changes: Sequence[LongTermChange], num_clips: 
 
     Args:
         model: predictor, in place.
-        changes: of this rank's clips, one for each long-term memory in the order of the blocks.
+        changes: of this rank's clips, one for each long-term memory in the order of the blocks; none at all where the
+            step had no teacher branch, which counts as clips that change nothing.
         num_clips: clips of the step, on all ranks.
         step: optimizer steps before this one.
     """
@@ -46,9 +47,10 @@ def consolidate(model: nn.Module, changes: Sequence[LongTermChange], num_clips: 
     shares = [part / num_clips for change in changes for part in change]
     waiting = [part for memory in memories if memory.waiting is not None for part in memory.waiting]
     if waiting:
-        torch._foreach_add_(waiting, shares)
+        if shares:
+            torch._foreach_add_(waiting, shares)
         shares = waiting
-    if (step + 1) % settings.sync_every:
+    if not shares or (step + 1) % settings.sync_every:
         return
     mean = torch.cat([share.flatten() for share in shares]) / settings.sync_every
     if isinstance(memories[0].w1, DTensor):

@@ -88,6 +88,28 @@ def test_between_moves_changes_wait_and_then_count_for_all_steps_at_once() -> No
     torch.testing.assert_close(waiting, flat(changes[6]) / 2)
 
 
+@pytest.mark.parametrize("sync_every", [1, 2])
+def test_steps_without_teacher_branch_move_nothing_and_count_in_the_mean(sync_every: int) -> None:
+    longterm = f"{{ema: 0.5, sync_every: {sync_every}}}"
+    phases = "[{start: 1, teacher_weight: 0.0}, {start: 2, teacher_weight: 1.0}]"
+    config = load_config([*SMALL, f"model.longterm={longterm}", f"objective.curriculum={phases}"])
+    model, optimizer = built(config)
+    found = []
+    for step, objective in enumerate(config.objective.stages):
+        now = config.model_copy(update={"objective": objective})
+        result = train_step(model, optimizer, step_of(random_clips(3)), now, attempt=step, step=step)
+        assert not result.skipped
+        found.append(carried(model))
+    if sync_every == 1:
+        assert found[0].any()
+        assert torch.equal(found[1], found[0])
+        assert not torch.equal(found[2], found[1])
+    else:
+        assert not found[0].any()
+        assert found[1].any(), "half of the window left something"
+        assert torch.equal(found[2], found[1])
+
+
 def test_a_model_without_long_term_memories_has_nothing_to_move() -> None:
     model, optimizer = built(load_config(SMALL))
     consolidate(model, [], 2, 0)
