@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from data_pipeline.manifest import dataset_folder
 from data_pipeline.reader import ClipReader
-from hopescale.config.checks import horizon_problems
+from hopescale.config.checks import clip_length_problems
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, DataError, Problem, UserError
 from hopescale.evaluate import CONTEXT
@@ -96,18 +96,21 @@ def _shape_problems(config: Config, reader: ClipReader) -> list[Problem]:
         problems.append(
             Problem("model.frames", model.frames, f"the data in {path} has clips of {reader.frames} frames", fix)
         )
-    return [*problems, *_horizon_problems(config, reader.frames)]
+    return [*problems, *_length_problems(config, reader.frames)]
 
 
-def _horizon_problems(config: Config, frames: int) -> Iterator[Problem]:
-    """What looks further ahead, in the objective or a phase of its curriculum, than clips of so many frames go."""
+def _length_problems(config: Config, frames: int) -> Iterator[Problem]:
+    """What the clips are too short for."""
     objective, memory = config.objective, config.model.memory
-    yield from horizon_problems(config, frames, "a clip")
+    yield from clip_length_problems(config, frames, "a clip")
     watch = config.run.early_stop
     if watch.patience and watch.metric == "skill_context" and frames <= CONTEXT:
         rule = f"is of the frames after {CONTEXT} true ones, and the clips have {frames}"
         yield Problem("run.early_stop.metric", watch.metric, rule, "watch another skill")
-    if objective.waits_for_plateau and memory.chunk_size >= frames - 1:
+    if config.model.has_memory and memory.chunk_size >= frames:
+        rule = f"is more than the {frames - 1} frames that a clip of {frames} has to read"
+        yield Problem("model.memory.chunk_size", memory.chunk_size, rule, "lower it")
+    elif objective.waits_for_plateau and memory.chunk_size >= frames - 1:
         rule = f"leaves clips of {frames} frames without a memory write, so no plateau of their surprise is ever seen"
         yield Problem("model.memory.chunk_size", memory.chunk_size, rule, "lower it, or give the phases a start")
 

@@ -96,6 +96,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         stack.enter_context(attempt.failing_aloud())
         attempt.say("running")
         check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
+        if data.state_dim and not config.model.state_dim:
+            logger.info("the %d numbers of the clips' states are not read: model.state_dim=0", data.state_dim)
         model, optimizer = build(config, device, launch.world_size)
         checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
         state = resume(run, config, data, checkpoints, model, optimizer)

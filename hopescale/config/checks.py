@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hopescale.errors import Problem
+from hopescale.model.passes import most_writes
 
 from .schema import Config
 
@@ -26,10 +27,9 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
         rule = f"splits the batch of {config.train.global_batch} clips, which share memories (model.memory.scope=batch)"
         yield Problem("train.micro_batch", micro_batch, rule, "leave it out, or lower train.global_batch to it")
     yield from _jump_problems(config)
-    yield from horizon_problems(config, config.model.frames, "model.frames")
+    yield from clip_length_problems(config, config.model.frames, "model.frames")
     yield from _plateau_problems(config)
     yield from _cms_period_problems(config)
-    yield from _auxiliary_problems(config)
     yield from _recompute_problems(config)
     yield from _longterm_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
@@ -49,14 +49,20 @@ def _jump_problems(config: Config) -> Iterator[Problem]:
             yield Problem("run.early_stop.metric", "skill_jump", rule, f"{fix}, or watch another skill")
 
 
-def horizon_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
-    """What looks further ahead, in the objective or a phase of its curriculum, than clips of so many frames go.
+def clip_length_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
+    """What clips of so many frames are too short for, in the objective, a phase of its curriculum, or the memories.
 
     Args:
-        config: whose objective looks ahead.
+        config: of the run.
         frames: stored frames of a clip.
         whose: what has so many, for messages.
     """
+    yield from _horizon_problems(config, frames, whose)
+    yield from _detach_problems(config, frames, whose)
+    yield from _auxiliary_problems(config, frames, whose)
+
+
+def _horizon_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
     objective = config.objective
     goals, horizons = frames - objective.jump_context, max(stage.jump_horizons for stage in objective.stages)
     if config.model.can_jump and goals < 1:
@@ -104,13 +110,22 @@ def _longterm_problems(config: Config) -> Iterator[Problem]:
         yield Problem("model.longterm", config.model.longterm, rule, fix)
 
 
-def _auxiliary_problems(config: Config) -> Iterator[Problem]:
+def _detach_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
+    model, memory = config.model, config.model.memory
+    most = max(most_writes(model, stage, frames) for stage in config.objective.stages)
+    # keep_start cuts before a write, all after it.
+    if model.has_memory and memory.detach_interval > max(most - (memory.detach_rule == "keep_start"), 0):
+        rule = f"never cuts anything: over {frames} frames of {whose} no pass writes a memory more than {most} times"
+        yield Problem("model.memory.detach_interval", memory.detach_interval, rule, "lower it, or set 0")
+
+
+def _auxiliary_problems(config: Config, frames: int, whose: str) -> Iterator[Problem]:
     weight, model = config.objective.auxiliary_weight, config.model
-    chunk, transitions = model.memory.chunk_size, model.frames - 1
+    chunk, transitions = model.memory.chunk_size, frames - 1
     reasons = (
         (not model.has_memory, f"model.block_pattern={'-'.join(model.block_pattern)}"),
         (not model.memory.self_modify, "model.memory.self_modify=[]"),
-        (transitions <= chunk, f"model.memory.chunk_size={chunk} and the {transitions} transitions of model.frames"),
+        (transitions <= chunk, f"model.memory.chunk_size={chunk} and the {transitions} transitions of {whose}"),
     )
     for holds, reason in reasons:
         if weight and holds:

@@ -74,6 +74,17 @@ def frame_by_frame(call: Pass) -> list[Pass]:
     ]
 
 
+def most_writes(model: ModelConfig, objective: ObjectiveConfig, frames: int) -> int:
+    """Writes of a memory from a clip's start to the end of the pass that has made most; 0 where none are made."""
+    if not (model.has_memory and model.memory.self_modify):
+        return 0
+    ends = [
+        sum(len(chunk_tokens(model, part)) for part in (*call.carried, call.frames)) - (not call.keep_state)
+        for call in passes(model, objective, frames)
+    ]
+    return max(ends, default=0)
+
+
 def chunk_tokens(model: ModelConfig, frames: int) -> list[int]:
     """Tokens of each chunk of a pass."""
     size = model.memory.chunk_size

@@ -66,7 +66,8 @@ class MemoryConfig(BaseModel):
     retention_bias: float = 4.0
     """Logit added to the retention gate; 4 keeps 98.2 % of a memory per chunk at initialisation."""
     write_limit: Annotated[float, Field(gt=0)] = 0.1
-    """Upper bound of one write's norm as a share of the written matrix's norm, approached smoothly."""
+    """Upper bound of what one chunk writes, its norm as a share of the written matrix's norm, approached smoothly; with
+    momentum a write adds up to 1 / (1 - momentum) times as much."""
     self_modify: Annotated[tuple[MemoryName, ...], Field(strict=False)] = MEMORIES
     """Memories that are written during a clip; the others are only read."""
 
@@ -298,14 +299,6 @@ class ModelConfig(BaseModel):
         whole = f"times width={width} must be whole"
         rule = "must be 1 with cms.mode=online, which takes one frame at a time"
         yield self.cms.mode != "online" or memory.chunk_size == 1, "memory.chunk_size", memory.chunk_size, rule, "set 1"
-        chunks = -(-(self.frames - 1) // memory.chunk_size)
-        yield (
-            memory.detach_interval < max(chunks, 1),
-            "memory.detach_interval",
-            memory.detach_interval,
-            f"never cuts anything in a clip of {chunks} chunks",
-            "lower it, or set 0",
-        )
         yield (
             width % memory.heads == 0,
             "memory.heads",

@@ -63,3 +63,23 @@ def test_states_of_another_width_are_named(data: Path, tmp_path: Path, states: i
     (problem,) = {str(problem) for problem in caught.value.problems}
     assert f"model.state_dim={states}" in problem
     assert given in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["model.memory.chunk_size=4"], "model.memory.chunk_size"),
+        (["model.memory.detach_interval=2"], "model.memory.detach_interval"),
+        (["model.memory.chunk_size=2", "objective.auxiliary_weight=0.1"], "objective.auxiliary_weight"),
+    ],
+    ids=["chunk", "cut", "auxiliary loss"],
+)
+def test_clips_shorter_than_the_model_allows_must_be_long_enough_for_its_memories(
+    data: Path, tmp_path: Path, overrides: list[str], field: str
+) -> None:
+    alone = ["objective.jump_horizons=2", "data.frames=3"]
+    check(data, tmp_path, 1, *alone)
+    load_config(["model.frames=5", "objective.jump_horizons=2", *overrides])
+    with pytest.raises(UserError) as caught:
+        check(data, tmp_path, 1, *alone, *overrides)
+    assert {problem.field for problem in caught.value.problems} == {field}

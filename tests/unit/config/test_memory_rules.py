@@ -72,6 +72,28 @@ def test_settings_that_go_together_are_accepted(fields: list[str]) -> None:
     load_config([f"model.memory.{field}" for field in fields])
 
 
+ROLLOUT = ["objective.rollout.weight=1", "objective.rollout.context=1", "objective.rollout.steps=7"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "longest"),
+    [
+        ([], 5),
+        (["model.memory.detach_rule=all"], 6),
+        (["model.memory.chunk_size=2", "model.memory.detach_rule=all"], 3),
+        # What is fed back is read and written frame by frame, whatever the chunks of true frames are.
+        (["model.memory.chunk_size=4", *ROLLOUT], 5),
+        (["model.memory.chunk_size=4", "model.memory.detach_rule=all", *ROLLOUT], 6),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_cut_that_no_pass_is_long_enough_for_is_refused(overrides: list[str], longest: int) -> None:
+    load_config(["model.frames=8", *overrides, f"model.memory.detach_interval={longest}"])
+    text = told(["model.frames=8", *overrides, f"model.memory.detach_interval={longest + 1}"])
+    assert text.startswith(f"model.memory.detach_interval={longest + 1}: never cuts anything")
+    assert "over 8 frames of model.frames" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
