@@ -51,6 +51,9 @@ def record_traces(recorder: Recorder, traces: Sequence[MemoryTrace], clips: Clip
     trace, holders = _stacked(traces)
     counts, weights = _counted(clips, trace.level_ratio.shape[2])
     _record_levels(recorder, trace.level_ratio, counts, weights, model)
+    if trace.longterm_gate.shape[-1]:
+        gates = _weighed(trace.longterm_gate, weights.unsqueeze(-1))
+        recorder.add("memory_longterm_gate", gates.sum(), len(traces) * float(counts.sum()))
     chunks = _written(trace.surprise, model)
     if trace.surprise.shape[2]:
         _record_writes(recorder, trace, counts[:, chunks], weights[:, chunks])

@@ -300,7 +300,7 @@ CATALOG: tuple[Metric, ...] = (
     Metric(
         key="memory_retention",
         reduction="mean",
-        help="Share of the memories that a write keeps, by its gate (1 forgets nothing).",
+        help="Share of the memories that a write keeps: all of it behind the surprise gate (1 forgets nothing).",
     ),
     Metric(
         key="memory_retention_min",
@@ -321,6 +321,11 @@ CATALOG: tuple[Metric, ...] = (
         key="memory_gate_rate",
         reduction="mean",
         help="Share of writes whose surprise was at least model.memory.surprise_gate, so that they happened.",
+    ),
+    Metric(
+        key="memory_longterm_gate",
+        reduction="mean",
+        help="Share of what long-term memories (model.longterm) recall that is added, mean over tokens and blocks.",
     ),
     # Continuum memory.
     Metric(

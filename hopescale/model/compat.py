@@ -341,8 +341,8 @@ class AcHopeMemory(nn.Module):
             limited = (norms > (config.clip_inner or torch.inf)).to(step.dtype).mean(0)
             figures = Figures(
                 surprise=_relative_surprise(reading.output, reading.value, batch),
-                retention=kept.mean(),
-                retention_min=kept.amin(),
+                retention=torch.where(written, kept.mean(), 1.0),
+                retention_min=torch.where(written, kept.amin(), 1.0),
                 step_size=step.mean(),
                 # Of features: a step size is already the mean over tokens.
                 step_size_p99=step.kthvalue(math.ceil(0.99 * len(step))).values,
@@ -391,7 +391,9 @@ class AcHopeMemory(nn.Module):
             columns = Figures(*(torch.stack(column) for column in zip(*figures, strict=True)))
             shared = {name: figure.expand(batch, *figure.shape) for name, figure in columns._asdict().items()}
             shared["surprise"] = columns.surprise.T
-        return MemoryTrace(**shared, norm_ratio=ends[0], drift=ends[1], level_ratio=levels, longterm=None)
+        return MemoryTrace(
+            **shared, norm_ratio=ends[0], drift=ends[1], level_ratio=levels, longterm_gate=levels, longterm=None
+        )
 
 
 class _Scaled(torch.autograd.Function):

@@ -75,7 +75,9 @@ class LongTermMemory(MemoryStack):
         gates: Sequence[Gates],
         fast: FastWeights | None = None,
         consolidate: Float[Tensor, "batch frames"] | None = None,
-    ) -> tuple[Float[Tensor, "batch frames tokens width"], FastWeights, LongTermChange | None]:
+    ) -> tuple[
+        Float[Tensor, "batch frames tokens width"], Float[Tensor, "batch frames 1"], FastWeights, LongTermChange | None
+    ]:
         """Read and write chunk by chunk.
 
         Args:
@@ -87,8 +89,9 @@ class LongTermMemory(MemoryStack):
                 its last frame: what reaches past the end of a clip counts nowhere.
 
         Returns:
-            What to add to the main memory's output, the memory after the last write, and the change; changes of passes
-            that go on from each other add up to that of the clip.
+            What to add to the main memory's output, the share of what is recalled that this is (a frame's mean,
+            detached), the memory after the last write, and the change; changes of passes that go on from each other add
+            up to that of the clip.
         """
         outputs, changes, end = [], [], 0
         if fast is None:
@@ -108,8 +111,8 @@ class LongTermMemory(MemoryStack):
             outputs.append(output)
         retrieved = torch.cat(outputs, dim=1).view(x.shape)
         given = torch.cat([at_least_fp32(x), retrieved], dim=-1) if self.settings.gate == "retrieval" else x
-        added = torch.sigmoid(at_least_fp32(self.gate(given))) * retrieved
-        return added, fast, total(changes) if changes else None
+        opened = torch.sigmoid(at_least_fp32(self.gate(given)))
+        return opened * retrieved, opened.detach().mean(dim=2), fast, total(changes) if changes else None
 
     def start(self) -> FastWeights:
         """The trained memory plus what is carried over, shared by all clips until the first write."""

@@ -108,7 +108,7 @@ class HopePredictor(nn.Module):
         Args:
             features: the frames' embeddings, on any scale.
             actions: action t acts between frame t and frame t + 1.
-            states: the frames' states; needed when `model.state_dim` > 0.
+            states: the frames' states; needed when `model.state_dim` > 0, and not looked at when it is 0.
             extrinsics: of the frames' cameras, where `model.extrinsics_dim` > 0; None counts as zeros.
             target: number of the frame to jump to, one a clip; None predicts the next frame of every frame.
             state: what an earlier pass over the frames before returned; None for the start of a clip.
@@ -122,7 +122,8 @@ class HopePredictor(nn.Module):
             auxiliary: weights of frames in the auxiliary loss that the traces then hold; None leaves it out.
 
         Raises:
-            ValueError: a tensor whose shape is not what the configuration says, or that the model has no use for.
+            ValueError: a tensor whose shape is not what the configuration says, or extrinsics or a target that the
+                model has no use for.
         """
         check_input(self.config, features, actions, states, extrinsics, target, frame_offset)
         newest = normalise(features)

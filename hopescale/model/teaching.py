@@ -2,8 +2,8 @@
 
 Needed by `model.cms.mode: online` alone. The prediction made at frame t waits in the states of the H blocks; when frame
 t + 1 comes in, its error becomes the teach signal of frame t, which the levels learn from (`cms_online.py`) before they
-see frame t + 1. So a prediction of frame t + 1 depends on frames up to t only. In a rollout that feeds predictions
-back there is no error, and nothing more is learned.
+see frame t + 1. So a prediction of frame t + 1 depends on frames up to t only. A rollout that feeds predictions back
+sees no error: levels still write what true frames have taught them and is not due yet, and nothing more.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class MemoryTrace(NamedTuple):
     level_ratio: Float[Tensor, "batch frames levels"]
     """Norm of what each CMS level of the block adds to a frame's tokens over the norm of what it adds it to, 0 where it
     passes the frame by; the block fills it in."""
+    longterm_gate: Float[Tensor, "batch frames gates"]
+    """Share of what the long-term memory recalls that is added, mean over a frame's tokens; no column without one."""
     longterm: LongTermChange | None = None
     """What the long-term memory is to carry over to other clips."""
     auxiliary: Float[Tensor, " batch"] | None = None
@@ -123,9 +125,9 @@ class TitanMemory(MemoryStack):
             for begin, end in _spans(x.shape[1], self.config.chunk_size)
         ]
         fast = self.start() if fast is None else fast
-        if fast.w1.shape[2] not in (1, x.shape[0]):
+        if fast.w1.shape[2] != x.shape[0] and (fast.w1.shape[2] > 1 or fast.num_writes):
             raise ValueError(f"the carried memories are those of {fast.w1.shape[2]} clips, and {x.shape[0]} are given")
-        lasting, change = fast.longterm, None
+        lasting, change, opened = fast.longterm, None, None
         consolidate = None if self.longterm is None else consolidate
         num_writes = len(chunks) - (not keep_state) if writes else 0
         ahead = self.at_start(chunks[:num_writes]) if self.config.chunk_rule == "scan" else [None] * num_writes
@@ -150,13 +152,14 @@ class TitanMemory(MemoryStack):
             outputs.append(output)
         recalled = torch.cat(outputs, dim=1).view(x.shape)
         if self.longterm is not None:
-            added, lasting, change = self.longterm(x, [query for _, query in chunks], gates, lasting, consolidate)
+            added, opened, lasting, change = self.longterm(x, [q for _, q in chunks], gates, lasting, consolidate)
             recalled = recalled + added
         output = self.out(recalled)
         if self.config.scope == "batch":
             output = output.squeeze(0).unflatten(1, (shape[0], shape[2])).transpose(0, 1)
         state = _owned(fast)._replace(longterm=lasting) if keep_state else None
         trace = self._trace(gates[: len(written)], written, full, fast, shape)
+        trace = trace if opened is None else trace._replace(longterm_gate=opened)
         if auxiliary is not None:
             apart = self.of_frames(disagreements, shape)
             trace = trace._replace(auxiliary=chunk_sum(apart, auxiliary, self.config.chunk_size))
@@ -264,7 +267,7 @@ class TitanMemory(MemoryStack):
         levels = fast.w1.new_zeros(batch, frames, 0)
         if not written:
             each = none.unsqueeze(-1).expand(batch, 0, len(self.names))
-            return MemoryTrace(none, none, none, none, none, none, each, each, norm_ratio, drift, levels)
+            return MemoryTrace(none, none, none, none, none, none, each, each, norm_ratio, drift, levels, levels)
 
         def column(figures: list[Tensor]) -> Tensor:
             return torch.stack(figures, dim=1).expand(batch, *[-1] * figures[0].ndim)
@@ -275,8 +278,8 @@ class TitanMemory(MemoryStack):
 
         return MemoryTrace(
             surprise=column([w.surprise[-1] for w in written]),
-            retention=column([g.retention.mean(dim=(0, 2, 3)) for g in gates]),
-            retention_min=column([g.retention.amin(dim=(0, 2, 3)) for g in gates]),
+            retention=column([w.kept.mean(dim=1) for w in written]),
+            retention_min=column([w.kept.amin(dim=1) for w in written]),
             step_size=column([g.step_size.sum(dim=2).mean(dim=(0, 2)) for g in gates]),
             step_size_p99=column([_percentile_99(g.step_size) * g.step_size.shape[2] for g in gates]),
             gate=column([w.written.to(none.dtype) for w in written]),
@@ -285,6 +288,7 @@ class TitanMemory(MemoryStack):
             norm_ratio=norm_ratio,
             drift=drift,
             level_ratio=levels,
+            longterm_gate=levels,
         )
 
     def _moved(self, full: FastWeights, fast: FastWeights, batch: int) -> list[Float[Tensor, "batch memories"]]:

@@ -57,6 +57,8 @@ class Write(NamedTuple):
     ratio: Float[Tensor, "memories batch"]
     limited: Float[Tensor, "memories batch"]
     written: Bool[Tensor, " batch"]
+    kept: Float[Tensor, "batch heads_each"]
+    """Retentions of all heads, 1 for clips that are not written."""
 
 
 def frame_step(fast: FastWeights, gates: Gates, preconditioner: bool) -> InnerGradient:
@@ -110,8 +112,8 @@ def apply_write(
         fast: memories to write into.
         gradient: what the chunk writes, by a rule above.
         retention: share of the old memory that is kept.
-        limit: a change's norm stays under this share of its matrix's norm, approached smoothly.
-        momentum: share of the last change that is added again.
+        limit: a chunk's change stays under this share of its matrix's norm, approached smoothly.
+        momentum: share of the last S that is added to it, so that S stays under limit / (1 - momentum).
         gate: clips whose surprise, that of the last memory, is below it keep their memories as they are.
         live: let the outer gradient see the memories' own norms in the limit (`meta_grad: so`).
     """
@@ -120,25 +122,28 @@ def apply_write(
     if gate > 0:
         opened = written.to(retention.dtype)[:, None, None]
         retention = 1 - opened * (1 - retention)
-    new, moving, ratios, scales = [], [], [], []
+    new, moving, ratios, sizes = [], [], [], []
     for w, delta, last, kept in (
         (fast.w1, gradient.delta1, fast.momentum1, retention),
         (fast.w2, gradient.delta2, fast.momentum2, retention.mT),
     ):
         if momentum:
-            ratio, scale = limit_scale(delta, safe_norm(w if live else w.detach()), limit)
+            size = safe_norm(w if live else w.detach())
+            ratio, scale = limit_scale(delta, size, limit)
             changed, sum_ = _with_momentum(w, scale * delta, kept, last, momentum, opened)
             moving.append(sum_)
+            sizes.append(matrix_norm(sum_.detach()) / size.detach())
         else:
             changed, ratio, scale = limited_write(w, delta, kept, opened, limit=limit, live=live)
+            sizes.append(ratio.detach() * scale.detach())
         new.append(changed)
         ratios.append(ratio.detach())
-        scales.append(scale.detach())
     with torch.no_grad():
-        before, after = torch.stack(ratios), torch.stack(scales)
-        ratio = (before * after if opened is None else before * after * opened).mean(dim=(0, 2, 4, 5))
-        limited = (before > limit).to(ratio.dtype).mean(dim=(0, 2, 4, 5))
-    return FastWeights(*new, *moving), Write(surprise, ratio, limited, written)
+        size = torch.stack(sizes)
+        ratio = (size if opened is None else size * opened).mean(dim=(0, 2, 4, 5))
+        limited = (torch.stack(ratios) > limit).to(ratio.dtype).mean(dim=(0, 2, 4, 5))
+        kept = retention.transpose(0, 1).flatten(1).detach()
+    return FastWeights(*new, *moving), Write(surprise, ratio, limited, written, kept)
 
 
 def detached(fast: FastWeights) -> FastWeights:

@@ -22,7 +22,7 @@ def recompute_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
     Args:
         blocks: of a predictor.
         recompute: `parallel.recompute`. block keeps the input of a block; chunk keeps, chunk by chunk, the memories of
-            every clip and the tokens that are read and written; none wraps nothing.
+            every clip and the tokens that are read and written, long-term memories left out; none wraps nothing.
     """
     for block in blocks:
         if recompute == "block":

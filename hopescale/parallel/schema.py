@@ -20,7 +20,8 @@ class ParallelConfig(BaseModel):
     """Where to train; auto takes CUDA where there is one."""
     recompute: Literal["none", "chunk", "block"] = "block"
     """Activation checkpointing: block keeps only each block's input and runs the block again in backward; chunk runs
-    only the chunks of its memories again, and keeps what each started from and all of the block's other activations."""
+    only the chunks of its memories again, those of model.longterm excepted, and keeps what each started from and all
+    of the block's other activations."""
     compile: bool = False
     """Compiles each block with torch.compile; needs a C++ compiler on a CPU, and gains little there."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -193,6 +193,20 @@ def test_a_pass_that_writes_nothing_publishes_no_figures_of_writes() -> None:
     assert recorded(bare, clips, traces_of(bare, clips, writes=False)) == {}
 
 
+@pytest.mark.parametrize("fields", [{}, {"cms": {"mode": "online"}, "memory": {"hidden_multiplier": 1.0}}])
+def test_the_gate_of_long_term_memories_is_a_mean_over_true_frames(fields: dict[str, Any]) -> None:
+    config = model_config(block_pattern=("H", "U"), longterm={"hidden_multiplier": 1.0}, **fields)
+    clips = batch()
+    traces = traces_of(config, clips)
+    gates = [
+        float(trace.longterm_gate[clip, frame, 0])
+        for trace in traces
+        for clip, frame in counted(clips, traces[0].longterm_gate.shape[1], 1)
+    ]
+    assert 0 < min(gates) < max(gates) < 1
+    assert recorded(config, clips, traces)["memory_longterm_gate"] == pytest.approx(fmean(gates))
+
+
 def test_blocks_with_one_memory_count_as_main() -> None:
     config, clips = model_config(block_pattern=("H", "U")), batch()
     five, one = traces_of(config, clips)

@@ -58,6 +58,8 @@ OPTIONS = {
     "cut": ["model.memory.detach_interval=2", "model.memory.detach_rule=all"],
     "param_period": ["model.cms.mode=param_period"],
     "online": ["model.cms.mode=online"],
+    "long-term": ["model.longterm={gate: retrieval}"],
+    "one memory for the batch": ["model.memory.scope=batch"],
 }
 
 

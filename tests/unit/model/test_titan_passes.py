@@ -299,3 +299,13 @@ def test_more_writes_move_a_memory_further() -> None:
     titan, x = memory(6, retention_bias=20.0), normal(1, 5, 4, 6)
     drifts = [titan(x[:, :t], keep_state=True)[2].drift[0, MAIN].item() for t in range(1, 6)]
     assert all(late > early for early, late in pairwise(drifts))
+
+
+def test_memories_written_for_one_clip_do_not_serve_others() -> None:
+    titan = memory(6)
+    _, written, _ = titan(normal(1, 2, 4, 6), keep_state=True)
+    with pytest.raises(ValueError, match="those of 1 clips, and 3 are given"):
+        titan(normal(3, 1, 4, 6), written)
+    _, as_trained, _ = titan(normal(1, 2, 4, 6), writes=False, keep_state=True)
+    x = normal(3, 1, 4, 6)
+    assert torch.equal(titan(x, as_trained)[0], titan(x)[0])

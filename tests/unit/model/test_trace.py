@@ -52,10 +52,20 @@ def test_gates_are_summed_up_as_they_say(heads: int) -> None:
     assert (trace.retention_min < trace.retention).all() == (heads > 1)
 
 
+def test_clips_behind_the_gate_keep_all_of_their_memories() -> None:
+    titan, x = memory(6, heads=2, hidden_multiplier=1.5, surprise_gate=1.9), normal(2, 3, 4, 6)
+    trace = titan(x, keep_state=True)[2]
+    assert not trace.gate.any()
+    assert torch.equal(trace.retention, torch.ones_like(trace.retention))
+    assert torch.equal(trace.retention_min, torch.ones_like(trace.retention))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("limit", [0.02, 1e6])
 @pytest.mark.parametrize("names", [list(MEMORIES), ["eta", "main"]])
-def test_writes_are_measured_by_what_they_change(limit: float, names: list[str]) -> None:
-    titan = memory(6, heads=2, hidden_multiplier=1.5, eta_max=2.0, write_limit=limit, self_modify=names)
+def test_writes_are_measured_by_what_they_change(limit: float, names: list[str], momentum: float) -> None:
+    settings = {"eta_max": 2.0, "write_limit": limit, "self_modify": names, "momentum": momentum}
+    titan = memory(6, heads=2, hidden_multiplier=1.5, **settings)
     x = normal(2, 3, 4, 6)
     trace = titan(x, keep_state=True)[2]
     for write, (before, gates, after) in enumerate(frame_by_frame(titan, x)):
