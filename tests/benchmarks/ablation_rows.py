@@ -73,9 +73,8 @@ def _rows() -> list[Row]:
         "eta-max-600": ("model.memory.eta_max=600.0",),
         "spatial-mixing": ("model.spatial_mixing=true",),
     }
-    both = (*changes["self-modify-main"], *changes["spatial-mixing"])
     changes |= {"-".join(letters): (_pattern(letters),) for letters in ("THT", "TTT", "HHH", "SSS", "UUU")}
-    changes |= {"S-H-S-main-mixing": both, "T-H-T-main-mixing": (_pattern("THT"), *both)}
+    changes |= {"T-H-T-spatial-mixing": (_pattern("THT"), *changes["spatial-mixing"])}
     rows = [Row("demo", name, "demo", "full", change) for name, change in changes.items()]
     # S-S-S remembers nothing: what it reaches is reached without memory.
     rows += [
