@@ -17,12 +17,15 @@ from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.model.build import Predictor, build_predictor
+from hopescale.model.schema import ModelConfig
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.process_group import Launch, process_group
 from hopescale.run_folder import RunFolder
 
-SAME = "every pass computes what the earlier predictor did, from fresh memories"
+SAME = (
+    "every pass computes what the earlier predictor did, from fresh memories, if its run had {}, which no tensor tells"
+)
 OTHERWISE = (
     "model.compat=none takes over the weights and nothing else: this model gives them another meaning (memories of "
     "each clip, other gates, actions in every patch), so expect bad predictions until it is trained on"
@@ -40,7 +43,8 @@ def import_checkpoint(source: Path, out: Path, overrides: Sequence[str], step: i
         step: optimizer steps the checkpoint is said to have behind it; the optimizer starts afresh all the same.
 
     Returns:
-        Run folder and checkpoint, parameters, tensors left unused, and what the weights mean now.
+        Run folder and checkpoint, parameters, tensors left unused, and what the weights mean now, with the settings
+        that are taken on trust.
 
     Raises:
         UserError: settings that do not fit together, a file that cannot be read or does not fit them, or a folder that
@@ -50,8 +54,10 @@ def import_checkpoint(source: Path, out: Path, overrides: Sequence[str], step: i
         raise ConfigError(Problem("out", out, "is not empty", "name a new or empty folder"))
     found = read_tensors(source)
     config = load_config(_settings(found, overrides))
+    with torch.device("meta"):
+        wanted = build_predictor(config.model)
+    conversion = convert(found, wanted, source)
     model = build_predictor(config.model)
-    conversion = convert(found, model, source)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(conversion.tensors[name])
@@ -63,8 +69,21 @@ def import_checkpoint(source: Path, out: Path, overrides: Sequence[str], step: i
         "parameters": sum(p.numel() for p in model.parameters()),
         "compat": config.model.compat,
         "unused": conversion.unused,
-        "note": OTHERWISE if config.model.compat == "none" else SAME,
+        "note": OTHERWISE if config.model.compat == "none" else SAME.format(_on_trust(config.model)),
     }
+
+
+def _on_trust(model: ModelConfig) -> str:
+    """Settings that shape what the earlier predictor computes, and no tensor."""
+    settings: dict[str, object] = {
+        "state_dim": model.state_dim,
+        "memory.chunk_size": model.memory.chunk_size,
+        "cms.levels.*.period": [level.period for level in model.cms.levels],
+    }
+    settings |= {f"ac_hope.{field}": value for field, value in model.ac_hope if field != "clip_backward"}
+    if model.ac_hope.rope_heads:
+        settings["grid"] = list(model.grid)
+    return "; ".join(f"model.{field}={value}" for field, value in settings.items())
 
 
 def _settings(found: Mapping[str, Tensor], overrides: Sequence[str]) -> list[str]:

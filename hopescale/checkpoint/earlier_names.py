@@ -1,14 +1,18 @@
 """Checkpoints of the earlier AC-HOPE-ViT predictor: what their tensors are called, and what they become here.
 
 The five memories of a block, five modules there, are stacked here; everything else is renamed (`origin`). Reading is
-weights only: a file that holds anything but tensors in plain containers is refused, never unpickled.
+weights only: of hyper-parameters kept as omegaconf objects nothing is made, and a file that holds anything else but
+tensors in plain containers is refused, never unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mode
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +51,15 @@ NEVER_USED = ("extrinsics_encoder.weight", "extrinsics_encoder.bias")
 LONG_TERM = "M_longterm"
 LONG_TERM_ALONE = (f".{LONG_TERM}.", ".longterm_gate.")
 
+OMEGACONF = (
+    *("omegaconf.listconfig.ListConfig", "omegaconf.dictconfig.DictConfig"),
+    *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes")),
+    *(f"typing.{name}" for name in ("Any", "List", "Dict")),
+    *(f"builtins.{name}" for name in ("dict", "list", "int", "float", "str", "bool", "bytes")),
+)
+"""What a Lightning checkpoint names for hyper-parameters that Hydra gave: containers, nodes, and the types in them."""
+
 TO_CONVERT = (
     "if you trust the file, run where the file was made: python -c \"import torch; torch.save(torch.load('IN.ckpt', "
     "map_location='cpu', weights_only=False)['state_dict'], 'OUT.pt')\", and import OUT.pt"
@@ -57,17 +70,41 @@ class ForeignCheckpoint(UserError):
     """A file of the earlier predictor that cannot be taken over."""
 
 
+class _Inert:
+    """Stands in for an object that is left unread: made of anything, filled with anything, it holds nothing."""
+
+    def __new__(cls, *_: object) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _inert_dict(*_: object) -> dict[object, object]:
+    # In place of a defaultdict, which the reader of weights does not fill.
+    return {}
+
+
+# Built-in types too: of what a file asks to be made of them, however large, nothing is.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((type(path.rpartition(".")[2], (_Inert,), {}), path) for path in OMEGACONF),
+    (_inert_dict, "collections.defaultdict"),
+]
+
+
 def read_tensors(source: Path) -> dict[str, Tensor]:
     """The tensors of a Lightning checkpoint or a bare state dict, by their names without wrappers.
 
     Raises:
-        ForeignCheckpoint: the file is not there, holds more than tensors, or holds no state dict.
+        ForeignCheckpoint: the file is not there, holds objects whose reading could run code, holds no state dict, or
+            one of tensors that are sparse, quantised, complex, nested or without numbers.
     """
     if not source.is_file():
         raise _refused(source, "is not a file", "name a .ckpt or a file of torch.save")
-    loaded = _load(source)
+    with torch.serialization.safe_globals(_STAND_INS):
+        loaded = _load(source)
     found = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if not _is_state_dict(found):
         inside = ", ".join(map(str, loaded)) if isinstance(loaded, dict) else type(loaded).__name__
         raise _refused(source, f"holds no state dict, but {inside}", "save model.state_dict() and import that")
     plain: dict[str, list[str]] = {}
@@ -77,6 +114,9 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     if twice:
         rule = f"holds tensors twice: {'; '.join(' and '.join(names) for names in twice)}"
         raise _refused(source, rule, "keep one copy of the weights in the file")
+    if odd := [name for name, tensor in found.items() if not _is_dense(tensor)]:
+        rule = f"holds {len(odd)} tensors that are not dense real numbers: {', '.join(odd)}"
+        raise _refused(source, rule, "save dense fp32 copies of them")
     return {name: found[names[0]] for name, names in plain.items()}
 
 
@@ -94,6 +134,17 @@ def _load(source: Path) -> Any:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         rule = f"cannot be read as tensors alone ({reason})"
         raise _refused(source, rule, f"check that it is whole; else, {TO_CONVERT}") from error
+
+
+def _is_state_dict(found: object) -> bool:
+    if not isinstance(found, dict) or not found:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    odd = tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
+    return not odd and tensor.layout == torch.strided
 
 
 def _unwrapped(name: str) -> str:
@@ -161,10 +212,9 @@ def convert(found: Mapping[str, Tensor], model: nn.Module, source: Path) -> Conv
     left = sorted(set(found) - set(shapes) - set(unused))
     long_term = [name for name in left if any(part in name for part in LONG_TERM_ALONE)]
     there = [name for name in shapes if name in found]
+    fitting = [name for name in there if tuple(found[name].shape) == shapes[name]]
     misshaped = [
-        f"{name} is {list(found[name].shape)}, to be {list(shapes[name])}"
-        for name in there
-        if tuple(found[name].shape) != shapes[name]
+        f"{name} is {list(found[name].shape)}, to be {list(shapes[name])}" for name in there if name not in fitting
     ]
     fix = "pick the experiment the file was trained with, or set the model.* sizes to its own"
     findings = [
@@ -177,8 +227,8 @@ def convert(found: Mapping[str, Tensor], model: nn.Module, source: Path) -> Conv
             "pick experiment=phase6 or phase7, without compat=ac_hope, which ends with phase 5",
         ),
         (
-            "holds {} tensors with values that are not finite",
-            [name for name in there if not bool(torch.isfinite(found[name]).all())],
+            "holds {} tensors with values that are, in fp32, not finite",
+            [name for name in fitting if not bool(torch.isfinite(found[name].float()).all())],
             "import an earlier checkpoint of that run",
         ),
     ]
@@ -197,20 +247,25 @@ def convert(found: Mapping[str, Tensor], model: nn.Module, source: Path) -> Conv
 
 
 def inferred_sizes(found: Mapping[str, Tensor]) -> dict[str, object]:
-    """Fields of `model` that the shapes of a file tell; what they cannot tell is left out."""
-    embed, action = found.get("predictor_embed.weight"), found.get("action_encoder.weight")
-    places, mixing = found.get("frame_pos_embed.weight"), found.get("hope_blocks.0.spatial_mix.0.weight")
-    memory = found.get("hope_blocks.0.M_k.w1.weight")
-    sizes: dict[str, object] = {"temporal_embeddings": places is not None, "spatial_mixing": mixing is not None}
-    if embed is not None and embed.ndim == 2:
-        sizes |= {"width": embed.shape[0], "encoder_dim": embed.shape[1]}
-        if memory is not None:
-            sizes["memory.hidden_multiplier"] = memory.shape[0] / embed.shape[0]
-    if action is not None:
-        sizes["action_dim"] = action.shape[-1]
-    if places is not None:
-        sizes["frames"] = places.shape[0] - 2
-    if mixing is not None and (side := round((mixing.shape[0] - 2) ** 0.5)) ** 2 == mixing.shape[0] - 2:
+    """Fields of `model` that the shapes of a file tell; what they cannot tell, or not in a sound shape, is left out."""
+    place_name, mixing_name = "frame_pos_embed.weight", "hope_blocks.0.spatial_mix.0.weight"
+    sizes: dict[str, object] = {"temporal_embeddings": place_name in found, "spatial_mixing": mixing_name in found}
+    if (width := _width(found)) is not None:
+        sizes["width"] = width
+    embed = _matrix(found, "predictor_embed.weight")
+    if embed is not None and embed[0] == width:
+        sizes["encoder_dim"] = embed[1]
+    memory = _matrix(found, "hope_blocks.0.M_k.w1.weight")
+    if memory is not None and memory[1] == width:
+        sizes["memory.hidden_multiplier"] = memory[0] / memory[1]
+    action = _matrix(found, "action_encoder.weight")
+    if action is not None and action[0] == width:
+        sizes["action_dim"] = action[1]
+    places = _matrix(found, place_name)
+    if places is not None and places[0] >= 4 and places[1] == width:
+        sizes["frames"] = places[0] - 2
+    mixing = _matrix(found, mixing_name)
+    if mixing is not None and mixing[0] == mixing[1] > 2 and (side := isqrt(mixing[0] - 2)) ** 2 == mixing[0] - 2:
         sizes["grid"] = [side, side]
     if depth := _count(found, "hope_blocks."):
         sizes["block_pattern"] = ["H"] * depth
@@ -218,15 +273,30 @@ def inferred_sizes(found: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def level_multipliers(found: Mapping[str, Tensor]) -> list[float]:
-    """Hidden multipliers of the CMS levels of the first block."""
-    levels = _count(found, "hope_blocks.0.cms.blocks.")
-    shapes = [found[name].shape for n in range(levels) if (name := f"hope_blocks.0.cms.blocks.{n}.fc1.weight") in found]
-    return [shape[0] / shape[1] for shape in shapes if len(shape) == 2]
+    """Hidden multipliers of the CMS levels of the first block; none if one of the levels does not tell its own."""
+    levels, width = _count(found, "hope_blocks.0.cms.blocks."), _width(found)
+    shapes = [_matrix(found, f"hope_blocks.0.cms.blocks.{n}.fc1.weight") for n in range(levels)]
+    multipliers = [shape[0] / shape[1] for shape in shapes if shape is not None and shape[1] == width]
+    return multipliers if len(multipliers) == levels else []
+
+
+def _width(found: Mapping[str, Tensor]) -> int | None:
+    """What most of three tensors say, so that one of another shape does not make all others look wrong."""
+    tensors = [found.get(name) for name in ("predictor_embed.weight", "action_encoder.weight", "predictor_norm.weight")]
+    sizes = [tensor.shape[0] for tensor in tensors if tensor is not None and tensor.ndim in (1, 2) and tensor.numel()]
+    return mode(sizes) if sizes else None
+
+
+def _matrix(found: Mapping[str, Tensor], name: str) -> tuple[int, int] | None:
+    """Rows and columns of a tensor, if it is there, is a matrix and is not empty."""
+    tensor = found.get(name)
+    return None if tensor is None or tensor.ndim != 2 or not tensor.numel() else (tensor.shape[0], tensor.shape[1])
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
+    """How many of the numbers 0, 1, ... follow a prefix, up to the first that does not."""
     numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    return next(n for n in count() if str(n) not in numbers)
 
 
 def _refused(source: Path, rule: str, fix: str) -> ForeignCheckpoint:

@@ -171,9 +171,11 @@ def memory_product(model: ModelConfig, multiplier: float | None = None) -> float
 def memory_reference(model: ModelConfig, call: Pass, product: float, memories: int, writes: bool) -> Flops:
     """Reads and writes of an H or U block's memories, or of a long-term one, as the equations have them.
 
-    Every chunk is written, whether or not it is read again.
+    Every chunk is written, whether or not it is read again. The writes of `compat=ac_hope` are first order, whatever
+    `memory.meta_grad`, which it does not read, says.
     """
-    before, backward = writes_before(model, call), REFERENCE_BACKWARD[model.memory.meta_grad]
+    meta_grad = "fo" if model.compat == "ac_hope" else model.memory.meta_grad
+    before, backward = writes_before(model, call), REFERENCE_BACKWARD[meta_grad]
     total = Flops()
     for number, tokens in enumerate(chunk_tokens(model, call.frames)):
         live = not writes or path_to_trained(model, before + number)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from hopescale.config.compose import load_config
 from hopescale.model.build import build_predictor
@@ -34,8 +35,15 @@ SETTINGS = [
 def source(tmp_path: Path) -> Path:
     model = build_predictor(load_config(SETTINGS).model)
     initialise(model, seed=1)
-    torch.save({f"module.{name}": value for name, value in earlier_state(model).items()}, tmp_path / "old.pt")
-    return tmp_path / "old.pt"
+    lightning = {
+        "state_dict": {f"module.{name}": value for name, value in earlier_state(model).items()},
+        "hyper_parameters": {
+            "betas": OmegaConf.create([0.9, 0.999]),
+            "net": OmegaConf.create({"cms": [{"period": 1}]}),
+        },
+    }
+    torch.save(lightning, tmp_path / "old.ckpt")
+    return tmp_path / "old.ckpt"
 
 
 def test_an_imported_run_trains_on_and_is_evaluated(hopescale, small_data: Path, source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from hopescale.checkpoint.earlier_names import (
@@ -37,6 +39,9 @@ SMALL: dict[str, Any] = {
 }
 
 State = dict[str, Tensor]
+
+MISSHAPEN: list[tuple[int, ...]] = [(), (7,), (0,), (0, 24), (24, 0), (1, 1), (2, 3, 5)]
+"""Shapes that no tensor of the small model has."""
 
 
 @pytest.fixture
@@ -162,6 +167,54 @@ def test_sizes_are_read_off_the_tensors(state: State) -> None:
     assert inferred_sizes({}) == {"spatial_mixing": False, "temporal_embeddings": False}
 
 
+def test_no_tensor_of_another_shape_goes_unnamed(state: State, refusal: Callable[..., ForeignCheckpoint]) -> None:
+    sizes, multipliers = inferred_sizes(state), level_multipliers(state)
+    for name, tensor in state.items():
+        if name.startswith("extrinsics"):
+            continue
+        for shape in MISSHAPEN:
+            changed = {**state, name: tensor.new_zeros(shape)}
+            (problem,) = refusal(changed).problems
+            assert problem.rule == (
+                f"holds 1 tensors of another shape: {name} is {list(shape)}, to be {list(tensor.shape)}"
+            )
+            # What such a tensor would tell is left out; the others tell what they did.
+            told = inferred_sizes(changed)
+            assert told.items() <= sizes.items()
+            assert {"width", "temporal_embeddings", "spatial_mixing", "block_pattern"} <= told.keys()
+            assert level_multipliers(changed) in (multipliers, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "field"),
+    [
+        ("predictor_embed.weight", (24,), "encoder_dim"),
+        ("predictor_embed.weight", (24, 0), "encoder_dim"),
+        ("action_encoder.weight", (), "action_dim"),
+        ("frame_pos_embed.weight", (3, 24), "frames"),
+        ("hope_blocks.0.M_k.w1.weight", (), "memory.hidden_multiplier"),
+        ("hope_blocks.0.spatial_mix.0.weight", (1, 1), "grid"),
+        ("hope_blocks.0.spatial_mix.0.weight", (12, 12), "grid"),
+    ],
+)
+def test_a_size_that_cannot_be_is_not_read_off(state: State, name: str, shape: tuple[int, ...], field: str) -> None:
+    assert field in inferred_sizes(state)
+    assert field not in inferred_sizes({**state, name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("number", ["9999999999", "\N{SUPERSCRIPT TWO}", "-1", ""])
+def test_blocks_are_counted_from_the_first_on(state: State, number: str) -> None:
+    state[f"hope_blocks.{number}.norm1.bias"] = state[f"hope_blocks.0.cms.blocks.{number}.fc1.bias"] = torch.zeros(24)
+    assert inferred_sizes(state)["block_pattern"] == ["H", "H"]
+    assert level_multipliers(state) == [2.0, 1.5]
+
+
+def test_numbers_beyond_fp32_are_refused(state: State, refusal: Callable[..., ForeignCheckpoint]) -> None:
+    state["predictor_norm.bias"] = torch.full((24,), 1e300, dtype=torch.float64)
+    (problem,) = refusal(state).problems
+    assert "not finite: predictor_norm.bias" in problem.rule
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model.", "model._orig_mod.", "_orig_mod.module."])
 def test_wrappers_are_taken_off_names(tmp_path: Path, state: State, prefix: str) -> None:
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "x.pt")
@@ -186,6 +239,37 @@ def test_a_lightning_checkpoint_is_read_for_its_state_dict(tmp_path: Path, state
     assert torch.equal(found["predictor_embed.weight"], state["predictor_embed.weight"])
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_hyper_parameters_from_hydra_are_left_unread(tmp_path: Path, state: State, archive: bool) -> None:
+    OmegaConf.register_new_resolver("threefold", lambda number: 3 * number, use_cache=True)
+    try:
+        settings = OmegaConf.create({"betas": [0.9, 0.999], "net": {"cms": [{"period": 1}], "depth": "${threefold:2}"}})
+        assert settings.net.depth == 6  # and so kept in a cache, which is saved too
+    finally:
+        OmegaConf.clear_resolver("threefold")
+    hyper_parameters = {"betas": settings.betas, "net": settings.net, "all": settings, "vast": _Vast()}
+    content = {"state_dict": state, "hyper_parameters": hyper_parameters, "hparams_type": type(settings)}
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=archive)
+    found = read_tensors(tmp_path / "x.ckpt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+class _Vast:
+    """Fills the memory if it is made as the file says."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytes, (2**50,)
+
+
+def test_what_is_left_unread_here_is_refused_elsewhere(tmp_path: Path, state: State) -> None:
+    content = {"state_dict": state, "hyper_parameters": OmegaConf.create({"a": [1]})}
+    torch.save(content, tmp_path / "x.ckpt")
+    read_tensors(tmp_path / "x.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="omegaconf"):
+        torch.load(tmp_path / "x.ckpt", weights_only=True)
+
+
 def refused(path: Path) -> str:
     with pytest.raises(ForeignCheckpoint) as caught:
         read_tensors(path)
@@ -202,6 +286,18 @@ def test_a_file_with_objects_is_refused_and_not_unpickled(tmp_path: Path, state:
     assert "can run any code" in message
     assert "weights_only=False" in message
     assert not witness.exists()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_an_object_among_hyper_parameters_from_hydra_is_refused(tmp_path: Path, state: State, archive: bool) -> None:
+    path, witness = tmp_path / "x.ckpt", tmp_path / "ran"
+    settings = OmegaConf.create({"net": {"code": _Touch(str(witness))}}, flags={"allow_objects": True})
+    content = {"hyper_parameters": settings, "state_dict": state}
+    torch.save(content, path, _use_new_zipfile_serialization=archive)
+    assert ("can run any code" if archive else "cannot be read as tensors alone") in refused(path)
+    assert not witness.exists()
+    torch.load(path, weights_only=False)
+    assert witness.exists()
 
 
 class _Touch:
@@ -240,6 +336,11 @@ def test_no_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         (torch.zeros(3), "no state dict, but Tensor"),
         ([torch.zeros(3)], "no state dict, but list"),
         ({"model.a": torch.zeros(1), "a": torch.zeros(1)}, "tensors twice: model.a and a"),
+        ({3: torch.zeros(1)}, "no state dict, but 3"),
+        (OmegaConf.create({"a": 3}), "no state dict, but DictConfig"),
+        ({"a": torch.zeros(1), "b": torch.zeros(2).to_sparse()}, "1 tensors that are not dense real numbers: b"),
+        ({"b": torch.zeros(2, dtype=torch.complex64)}, "not dense real numbers: b"),
+        ({"b": torch.zeros(2, device="meta")}, "not dense real numbers: b"),
     ],
 )
 def test_a_file_without_one_state_dict_is_refused(tmp_path: Path, content: Any, words: str) -> None:

@@ -191,6 +191,25 @@ def test_reference_flops_of_training_on_a_clip(meta_grad: str, total: float) -> 
     assert found.total - ends(model, Pass(7)).total == pytest.approx(total, rel=1e-3)
 
 
+@pytest.mark.parametrize("detach_interval", [0, 1, 2])
+@pytest.mark.parametrize("branches", [TEACHER, {"jump_context": 3}], ids=str)
+def test_the_earlier_predictor_differentiates_writes_to_first_order(
+    branches: dict[str, Any], detach_interval: int
+) -> None:
+    # The same tokens in both: there is a state token in every earlier file, as long as the action's.
+    same: dict[str, Any] = {"block_pattern": ("H",) * 5, "action_dim": 2, "state_dim": 2, "spatial_mixing": True}
+    memory = {"detach_interval": detach_interval, "detach_rule": "all" if detach_interval else "keep_start"}
+    earlier = {"compat": "ac_hope", "output": "absolute", "memory": {**memory, "scope": "batch"}}
+    objective = ObjectiveConfig.model_validate(branches)
+    found, first_order, full = (
+        flops_reference(ModelConfig.model_validate({**same, **fields}), objective, 8)
+        for fields in (earlier, {"memory": {**memory, "meta_grad": "fo"}}, {"memory": memory})
+    )
+    assert found == first_order
+    # With a cut after every write none of them has a backward, to whatever order.
+    assert (found.backward == full.backward) == (detach_interval == 1)
+
+
 def test_what_is_executed_stays_below_the_reference_where_writes_are_dead() -> None:
     jump, model = ObjectiveConfig(teacher_weight=0.0), settings(block_pattern=("H",))
     assert flops_executed(model, jump, 7).total < 0.5 * flops_reference(model, jump, 7).total

@@ -84,6 +84,25 @@ def test_recomputation_trades_flops_for_bytes(recompute: str) -> None:
     assert other["flops_reference"] == none["flops_reference"]
 
 
+def test_the_compatibility_mode_is_compared_by_what_it_differentiates() -> None:
+    present = [
+        "model=phase5",
+        "model.extrinsics_dim=0",
+        "model.memory.detach_interval=2",
+        "model.memory.detach_rule=all",
+    ]
+    found, first_order, full = (
+        plan_model(load_config(settings))["flops_reference"]
+        for settings in (
+            ["model=ac_hope", "model.state_dim=2"],
+            [*present, "model.memory.meta_grad=fo"],
+            present,
+        )
+    )
+    assert found == first_order
+    assert found["backward"] < 0.8 * full["backward"]
+
+
 def test_what_the_compatibility_mode_executes_is_not_claimed() -> None:
     plan = plan_model(load_config(["model=ac_hope"]))
     assert plan["flops_executed"] is None
