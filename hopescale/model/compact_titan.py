@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .precision import at_least_fp32
+from .recall import unit
 from .schema import LongTermConfig, MemoryConfig, MemoryName
 from .titan import TitanMemory
 from .write_rules import FastWeights, Gates
@@ -51,10 +51,7 @@ class CompactTitan(TitanMemory):
 
     def read_gates(self, fast: FastWeights, x: Float[Tensor, "1 batch tokens width"]) -> Gates:
         """Project keys and values; gates are the same for all tokens."""
-        key, value = (
-            F.normalize(self.split(at_least_fp32(project(x.squeeze(0))), 0), dim=-1)
-            for project in (self.key, self.value)
-        )
+        key, value = (unit(self.split(at_least_fp32(project(x.squeeze(0))), 0)) for project in (self.key, self.value))
         heads, batch, tokens, features = key.shape
         step_size = torch.sigmoid(self._by_head(self.eta_bias)) * (self.config.eta_max / tokens)
         retention = torch.sigmoid(self.retention_logit(self._by_head(self.alpha_bias))).expand(

@@ -96,10 +96,10 @@ class _InnerGradient(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad, ctx.dtype
         needs_w, needs_z = needs[0] or needs[1], needs[2] or needs[3]
         tokens = key.shape[-2]
-        hidden = F.gelu(pre)
-        pre_key = pre[..., :tokens, :]
+        hidden, steep = F.gelu(pre), gelu_slope(pre)
+        pre_key, steep_key = pre[..., :tokens, :], steep[..., :tokens, :]
         # G1 = Q^T (eta K), Q = S + A; G2 = (eta E)^T Hd: `moved` are the gradients of eta K and eta E.
-        slope = torch.ops.aten.gelu_backward(pull, pre_key)
+        slope = pull * steep_key
         if ctx.preconditioner:
             slope += pre_key
         g1, g2 = _given(g1, w1).to(dtype), _given(g2, w2).to(dtype)
@@ -113,15 +113,15 @@ class _InnerGradient(torch.autograd.Function):
         g_slope = times((step_size * key).to(dtype), g1)
         g_hidden = (step_size * error).to(dtype) @ g2
         # S = pull * gelu'(A), pull = E W2
-        g_pull = torch.ops.aten.gelu_backward(g_slope, pre_key)
+        g_pull = g_slope * steep_key
         g_error = step_size * moved_error + times(g_pull, v2).to(key.dtype)
         pulled = 2 * g_error
         # Prediction and target are the same function of key and value: one product serves both.
         shared = times(pulled.to(dtype), v2.mT)
-        g_pre = torch.cat([g_hidden + shared, -shared], dim=-2)
-        g_pre = torch.ops.aten.gelu_backward(g_pre, pre)
-        curved = g_slope * (pull * gelu_curvature(pre_key))
-        g_pre[..., :tokens, :] += curved + g_slope if ctx.preconditioner else curved
+        g_pre = torch.cat([g_hidden.add_(shared), shared.neg_()], dim=-2).mul_(steep)
+        g_pre_key = g_pre[..., :tokens, :].addcmul_(g_slope, gelu_curvature(pre_key).mul_(pull))
+        if ctx.preconditioner:
+            g_pre_key += g_slope
 
         g_w1 = g_w2 = g_key = g_value = None
         if needs_z:
@@ -137,10 +137,16 @@ class _InnerGradient(torch.autograd.Function):
         return g_w1, g_w2, g_key, g_value, g_step, None, None
 
 
+def gelu_slope(x: Tensor) -> Tensor:
+    """First derivative of the exact gelu."""
+    return torch.ops.aten.gelu_backward(torch.ones((), dtype=x.dtype, device=x.device).expand_as(x), x)
+
+
 def gelu_curvature(x: Tensor) -> Tensor:
     """Second derivative of the exact gelu: phi(x) (2 - x^2), phi the normal density."""
     square = x * x
-    return torch.exp(-0.5 * square).mul_(1 / math.sqrt(2 * math.pi)).mul_(2 - square)
+    density = torch.mul(square, -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+    return density.mul_(square.neg_().add_(2))
 
 
 def _given(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from .precision import product_dtype
 
+TINY = 1e-12
+"""Below this a norm counts as 0."""
+
 
 def recall(
     z: Float[Tensor, "memories heads batch tokens features"],
@@ -19,7 +22,22 @@ def recall(
     w2: Float[Tensor, "memories heads copies features hidden"],
 ) -> Float[Tensor, "memories heads batch tokens features"]:
     """M(z) = z + W2 gelu(W1 z) (Nested Learning, Eq. 89), differentiable once."""
-    return cast(Tensor, _Recall.apply(z, w1, w2, product_dtype(z)))
+    return cast(Tensor, _Recall.apply(z, None, w1, w2, product_dtype(z)))
+
+
+def recall_at_both(
+    x: Float[Tensor, "heads batch tokens features"],
+    query: Float[Tensor, "heads batch tokens features"],
+    w1: Float[Tensor, "memories heads copies hidden features"],
+    w2: Float[Tensor, "memories heads copies features hidden"],
+) -> Float[Tensor, "memories heads batch tokens features"]:
+    """The last memory read at the query, the others at x, in one product; keeps no copy of either for a memory."""
+    return cast(Tensor, _Recall.apply(x, query, w1, w2, product_dtype(x)))
+
+
+def unit(x: Float[Tensor, "*lead features"]) -> Float[Tensor, "*lead features"]:
+    """Vectors at length 1, differentiable once; keeps the result, which is read anyway, instead of x."""
+    return cast(Tensor, _Unit.apply(x))
 
 
 def times(
@@ -45,23 +63,46 @@ class _Recall(torch.autograd.Function):
     """Keeps W1 z alone of the wide tensors, and computes its gelu again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, query: Tensor | None, w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Tensor:
+        z = _read_at(x, query, len(w1))
         pre = times(z.to(dtype), w1.to(dtype))
-        ctx.save_for_backward(z, w1, w2, pre)
+        ctx.save_for_backward(x, query, w1, w2, pre)
         return z + times(F.gelu(pre), w2.to(dtype)).to(z.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        z, w1, w2, pre = ctx.saved_tensors
+        x, query, w1, w2, pre = ctx.saved_tensors
         dtype = pre.dtype
         g_out = g.to(dtype)
         g_pre = torch.ops.aten.gelu_backward(times(g_out, w2.to(dtype).mT), pre)
-        g_z = g_w1 = g_w2 = None
-        if ctx.needs_input_grad[0]:
+        g_x = g_query = g_w1 = g_w2 = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             g_z = g + times(g_pre, w1.to(dtype).mT).to(g.dtype)
-        if ctx.needs_input_grad[1]:
-            g_w1 = outer(g_pre, z.to(dtype), w1)
+            g_x, g_query = (g_z, None) if query is None else (g_z[:-1].sum(0), g_z[-1])
         if ctx.needs_input_grad[2]:
+            g_w1 = outer(g_pre, _read_at(x, query, len(w1)).to(dtype), w1)
+        if ctx.needs_input_grad[3]:
             g_w2 = outer(g_out, F.gelu(pre), w2)
-        return g_z, g_w1, g_w2, None
+        return g_x, g_query, g_w1, g_w2, None
+
+
+def _read_at(x: Tensor, query: Tensor | None, memories: int) -> Tensor:
+    return x if query is None else torch.cat([x.expand(memories - 1, *x.shape), query.unsqueeze(0)])
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+        result = x / size
+        ctx.save_for_backward(result, size)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        result, size = ctx.saved_tensors
+        # What is too short to be brought to length 1 is only divided.
+        along = torch.linalg.vecdot(g, result).unsqueeze(-1) * (size > TINY)
+        return torch.addcmul(g, result, along, value=-1).div_(size)

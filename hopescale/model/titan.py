@@ -30,7 +30,7 @@ from .inner_gradient import InnerGradient
 from .longterm import LongTermChange, LongTermMemory
 from .memory_stack import MemoryStack
 from .precision import at_least_fp32
-from .recall import recall
+from .recall import recall, recall_at_both, unit
 from .schema import MEMORIES, LongTermConfig, MemoryConfig, MemoryName
 from .write_rules import FastWeights, Gates, Write, matrix_norm
 
@@ -118,7 +118,7 @@ class TitanMemory(MemoryStack):
         if self.config.scope == "batch":
             # One memory for all clips: their tokens are tokens of one.
             x = x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        queries = F.normalize(self.split(at_least_fp32(self.query(x)), 0), dim=-1)
+        queries = unit(self.split(at_least_fp32(self.query(x)), 0))
         inputs = self.inputs(x)
         chunks = [
             (inputs[:, :, begin:end].flatten(2, 3), queries[:, :, begin:end].flatten(2, 3))
@@ -204,8 +204,7 @@ class TitanMemory(MemoryStack):
         query: Float[Tensor, "heads batch tokens features"],
     ) -> tuple[Float[Tensor, "batch tokens width"], Gates]:
         """Read all five memories: the main one at the query, the others at the input."""
-        z = torch.cat([x.expand(MAIN, *x.shape), query.unsqueeze(0)])
-        out = self.normed(recall(z, fast.w1, fast.w2), slice(None))
+        out = self.normed(recall_at_both(x, query, fast.w1, fast.w2), slice(None))
         return out[MAIN], self._gates(self.split(out[:MAIN], 1))
 
     def read_gates(self, fast: FastWeights, x: Float[Tensor, "heads batch tokens features"]) -> Gates:
@@ -247,7 +246,7 @@ class TitanMemory(MemoryStack):
 
     def _gates(self, out: Float[Tensor, "4 heads batch tokens features"]) -> Gates:
         config, tokens = self.config, out.shape[-2]
-        key, value = F.normalize(out[KEY], dim=-1), F.normalize(out[VALUE], dim=-1)
+        key, value = unit(out[KEY]), unit(out[VALUE])
         step_size = torch.sigmoid(out[ETA].mean(dim=-1, keepdim=True)) * (config.eta_max / tokens)
         logit = self.retention_logit(out[ALPHA].mean(dim=-1, keepdim=True))
         if config.chunk_rule != "token_exact":
@@ -273,11 +272,11 @@ class TitanMemory(MemoryStack):
             return torch.stack(figures, dim=1).expand(batch, *[-1] * figures[0].ndim)
 
         def by_memory(figure: Tensor) -> Tensor:
-            rows = dict(zip(self.written[-len(figure) :], figure, strict=True))
-            return torch.stack([rows.get(m, torch.zeros_like(figure[0])) for m in range(len(self.names))], dim=1)
+            rows, zero = dict(zip(self.written[-len(figure) :], figure, strict=True)), torch.zeros_like(figure[0])
+            return torch.stack([rows.get(m, zero) for m in range(len(self.names))], dim=1)
 
         return MemoryTrace(
-            surprise=column([w.surprise[-1] for w in written]),
+            surprise=column([w.surprise for w in written]),
             retention=column([w.kept.mean(dim=1) for w in written]),
             retention_min=column([w.kept.amin(dim=1) for w in written]),
             step_size=column([g.step_size.sum(dim=2).mean(dim=(0, 2)) for g in gates]),

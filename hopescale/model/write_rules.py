@@ -15,10 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .inner_gradient import InnerGradient, inner_gradient
-from .recall import times
-
-TINY = 1e-12
-"""Below this a norm counts as 0."""
+from .recall import TINY, times
 
 
 class FastWeights(NamedTuple):
@@ -53,7 +50,8 @@ class Gates(NamedTuple):
 class Write(NamedTuple):
     """What the figures of one write are made of, detached."""
 
-    surprise: Float[Tensor, "memories batch"]
+    surprise: Float[Tensor, " batch"]
+    """Of the last memory."""
     ratio: Float[Tensor, "memories batch"]
     limited: Float[Tensor, "memories batch"]
     written: Bool[Tensor, " batch"]
@@ -117,8 +115,8 @@ def apply_write(
         gate: clips whose surprise, that of the last memory, is below it keep their memories as they are.
         live: let the outer gradient see the memories' own norms in the limit (`meta_grad: so`).
     """
-    surprise = normalised_surprise(gradient.predicted, gradient.target)
-    written, opened = surprise[-1] >= gate, None
+    surprise = normalised_surprise(gradient.predicted[-1], gradient.target[-1])
+    written, opened = surprise >= gate, None
     if gate > 0:
         opened = written.to(retention.dtype)[:, None, None]
         retention = 1 - opened * (1 - retention)
@@ -173,12 +171,14 @@ class _Anchor(torch.autograd.Function):
         return None, g.sum(2, keepdim=True) if ctx.shared else g
 
 
-def normalised_surprise(predicted: Tensor, target: Tensor) -> Float[Tensor, "memories batch"]:
+def normalised_surprise(
+    predicted: Float[Tensor, "heads batch tokens features"], target: Float[Tensor, "heads batch tokens features"]
+) -> Float[Tensor, " batch"]:
     """|v - o|^2 / (|v|^2 + |o|^2) of target v and prediction o, in [0, 2], mean over tokens and heads."""
     with torch.no_grad():
         error = (predicted - target).square().sum(-1)
         scale = predicted.square().sum(-1) + target.square().sum(-1)
-        return (error / scale).mean(dim=(1, 3))
+        return (error / scale).mean(dim=(0, 2))
 
 
 def matrix_norm(w: Tensor) -> Float[Tensor, "memories heads copies 1 1"]:

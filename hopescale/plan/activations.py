@@ -99,8 +99,8 @@ def _attention(model: ModelConfig, kind: str, call: Pass, product_bytes: int) ->
 
 def _memory(model: ModelConfig, kind: str, call: Pass, recompute: Recompute, product_bytes: int) -> list[Kept]:
     """Reads and writes of all memories, projections and norm around them."""
-    # Stream, normed, query before and after its norm, output.
-    parts = [Kept(5 * _stream(model, call))]
+    # Stream, normed, query, output.
+    parts = [Kept(4 * _stream(model, call))]
     for chunk in chunks(model, call):
         inside, state = _chunk(model, kind, chunk, product_bytes)
         if recompute == "chunk" and chunk.written:
@@ -121,11 +121,11 @@ def _chunk(model: ModelConfig, kind: str, chunk: Chunk, product_bytes: int) -> t
     wide = memory.hidden_multiplier * model.width * product_bytes
     gates = chunk.written or chunk.consolidated
     read = len(MEMORIES) if gates and kind == "H" else 1
-    # W1 z; output before and after the norm; of several memories also what they read and what comes out.
-    inside = read * (wide + (4 if read > 1 else 2) * narrow)
+    # W1 z; output before and after the norm.
+    inside = read * (wide + 2 * narrow)
     if gates:
-        # Key and value; of a U block also before their norm, and the tokens they are projected from.
-        inside += (2 if kind == "H" else 6) * narrow
+        # Key and value; of a U block also the tokens they are projected from.
+        inside += (2 if kind == "H" else 4) * narrow
     if not chunk.written:
         return chunk.tokens * inside, 0.0
     alone = kind == "U" or chunk.last or memory.chunk_rule == "scan"

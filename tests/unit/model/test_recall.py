@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from hopescale.model.recall import outer, recall, times
+from hopescale.model.recall import outer, recall, recall_at_both, times, unit
 from tests.unit.model.titan_cases import normal
 
 
@@ -80,3 +80,39 @@ def test_products_take_each_clips_own_matrix_or_the_shared_one(copies: int) -> N
     torch.testing.assert_close(times(z[0], w), z[0] @ w.mT)
     expected = other.mT @ z
     torch.testing.assert_close(outer(other, z, w), expected if copies == 3 else expected.sum(2, keepdim=True))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_reading_at_tokens_and_queries_at_once_equals_reading_them_one_after_the_other(shared: bool) -> None:
+    _, w1, w2 = leaves(3, 2, 2, 4, 3, 5, shared)
+    x, query = (normal(2, 2, 4, 3, seed=seed).requires_grad_() for seed in (4, 5))
+    both = recall_at_both(x, query, w1, w2)
+    apart = torch.cat([recall(x.expand(2, *x.shape), w1[:2], w2[:2]), recall(query.unsqueeze(0), w1[2:], w2[2:])])
+    assert torch.equal(both, apart)
+    weights = normal(*both.shape, seed=9)
+    pairs = (torch.autograd.grad((out * weights).sum(), (x, query, w1, w2)) for out in (both, apart))
+    for mine, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_readings_keep_no_copies_of_what_they_read() -> None:
+    _, w1, w2 = leaves(5, 1, 2, 7, 3, 4, shared=True)
+    x, query = (normal(1, 2, 7, 3, seed=seed).requires_grad_() for seed in (4, 5))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        recall_at_both(x, query, w1, w2)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, query, w1, w2)}
+    assert [list(t.shape) for t in saved if t.untyped_storage().data_ptr() not in own] == [[5, 1, 2, 7, 4]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.sampled_from([0.0, 1e-300, 1e-13, -0.5, 2.0, 1e100]), min_size=3, max_size=3), min_size=1)
+)
+def test_unit_length_and_its_gradient_equal_those_of_torch(rows: list[list[float]]) -> None:
+    x = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    ours, theirs = unit(x), F.normalize(x, dim=-1)
+    assert torch.equal(ours, theirs)
+    weights = normal(*x.shape)
+    mine, other = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs))
+    torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12 * float(other.abs().max()))
