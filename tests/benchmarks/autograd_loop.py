@@ -1,7 +1,8 @@
 """The memories of an H block the obvious way: `torch.autograd.grad` for each memory and chunk.
 
-Same semantics and outer gradients as `TitanMemory` with its default rule; clips and heads are batched, so that only the
-way of writing differs. What `model.py` measures the closed form against.
+Same outputs and outer gradients as `TitanMemory` with its default rules and chunks of one frame, and like it without
+work whose result nothing reads. Clips and heads are batched, so that only the way of writing differs. What `model.py`
+measures the closed form against.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from hopescale.model.titan import ALPHA, ETA, KEY, MAIN, VALUE, TitanMemory
 
 
 def autograd_loop(titan: TitanMemory, x: Tensor) -> Tensor:
-    """Output [batch, frames, tokens, width] of a pass over x, the last chunk not written."""
+    """Output [batch, frames, tokens, width] of a pass over x whose memories are dropped after its last read."""
     config, (batch, frames, tokens) = titan.config, x.shape[:3]
-    heads = config.heads
+    heads, everything = config.heads, range(len(MEMORIES))
     w1, w2 = (w.unsqueeze(1).expand(-1, batch, -1, -1, -1) for w in (titan.w1, titan.w2))
-    fast = [(w1[m], w2[m]) for m in range(len(MEMORIES))]
+    fast = [(w1[m], w2[m]) for m in everything]
     outputs: list[Tensor] = []
     for frame in range(frames):
-        inputs = split(x[:, frame], heads)
         query = F.normalize(split(titan.query(x[:, frame]), heads), dim=-1)
-        read = [normed(titan, m, recall(*fast[m], query if m == MAIN else inputs)) for m in range(len(MEMORIES))]
-        outputs.append(read[MAIN])
+        outputs.append(normed(titan, MAIN, recall(*fast[MAIN], query)))
         if frame == frames - 1:
             break
-        key, value = (F.normalize(split(read[m], heads), dim=-1) for m in (KEY, VALUE))
-        step = torch.sigmoid(split(read[ETA], heads).mean(-1, keepdim=True)) * config.eta_max / tokens
-        keep = torch.sigmoid(split(read[ALPHA], heads).mean((-2, -1), keepdim=True) + config.retention_bias)
-        for m in range(len(MEMORIES)):
+        inputs = split(x[:, frame], heads)
+        read = [split(normed(titan, m, recall(*fast[m], inputs)), heads) for m in (KEY, VALUE, ETA, ALPHA)]
+        key, value = (F.normalize(read[m], dim=-1) for m in (KEY, VALUE))
+        step = torch.sigmoid(read[ETA].mean(-1, keepdim=True)) * config.eta_max / tokens
+        keep = torch.sigmoid(read[ALPHA].mean((-2, -1), keepdim=True) + config.retention_bias)
+        # The last frame reads the main memory alone.
+        for m in everything if frame < frames - 2 else [MAIN]:
             fast[m] = written(fast[m], key, value, step, keep, config.write_limit)
     return titan.out(torch.stack(outputs, dim=1))
 
