@@ -76,7 +76,8 @@ step without data and evaluation, one thread, all rows taking turns in one proce
 
 LONGER = """\
 Seconds and FLOPs: what T-T-T takes, S-H-S = 1, forward and backward on the probe's objective, taking turns in one
-process, with as many patches a frame as the probe (16) and the demo (64) have. Skills: of the probe.
+process, with as many patches a frame as the probe (16) and the demo (64) have. Skills: of the probe, trained on as many
+frames a step and as many steps.
 
 """
 

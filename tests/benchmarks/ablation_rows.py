@@ -81,11 +81,12 @@ def _rows() -> list[Row]:
         Row("hidden", "-".join(letters), "hidden", "hidden", (_pattern(letters),))
         for letters in ("SHS", "HHH", "TTT", "THT", "SSS")
     ]
+    # Longer clips, fewer of them a step: as many frames a step as the probe.
     rows += [
         Row("length", f"{'-'.join(letters)}-{frames - 1}", "hidden", f"hidden-{frames}", change)
         for frames in (16, 32)
         for letters in ("SHS", "TTT")
-        for change in [(_pattern(letters), f"model.frames={frames}")]
+        for change in [(_pattern(letters), f"model.frames={frames}", f"train.global_batch={128 // frames}")]
     ]
     return rows
 
