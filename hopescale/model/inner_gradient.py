@@ -96,12 +96,12 @@ class _InnerGradient(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad, ctx.dtype
         needs_w, needs_z = needs[0] or needs[1], needs[2] or needs[3]
         tokens = key.shape[-2]
-        hidden, steep = F.gelu(pre), gelu_slope(pre)
-        pre_key, steep_key = pre[..., :tokens, :], steep[..., :tokens, :]
+        pre_key = pre[..., :tokens, :]
+        used = pre if needs_w or needs_z else pre_key
+        hidden, steep = F.gelu(used), gelu_slope(used)
+        steep_key = steep[..., :tokens, :]
         # G1 = Q^T (eta K), Q = S + A; G2 = (eta E)^T Hd: `moved` are the gradients of eta K and eta E.
-        slope = pull * steep_key
-        if ctx.preconditioner:
-            slope += pre_key
+        slope = torch.addcmul(pre_key, pull, steep_key) if ctx.preconditioner else pull * steep_key
         g1, g2 = _given(g1, w1).to(dtype), _given(g2, w2).to(dtype)
         moved_key = (slope @ g1).to(key.dtype).sum(0)
         moved_error = times(hidden[..., :tokens, :], g2).to(key.dtype)
@@ -118,10 +118,10 @@ class _InnerGradient(torch.autograd.Function):
         pulled = 2 * g_error
         # Prediction and target are the same function of key and value: one product serves both.
         shared = times(pulled.to(dtype), v2.mT)
-        g_pre = torch.cat([g_hidden.add_(shared), shared.neg_()], dim=-2).mul_(steep)
-        g_pre_key = g_pre[..., :tokens, :].addcmul_(g_slope, gelu_curvature(pre_key).mul_(pull))
-        if ctx.preconditioner:
-            g_pre_key += g_slope
+        g_pre = torch.empty_like(pre)
+        g_pre_key = torch.mul(g_hidden.add_(shared), steep_key, out=g_pre[..., :tokens, :])
+        g_pre_key.addcmul_(g_slope, gelu_curvature(pre_key).mul_(pull).add_(int(ctx.preconditioner)))
+        torch.mul(shared, steep[..., tokens:, :], out=g_pre[..., tokens:, :]).neg_()
 
         g_w1 = g_w2 = g_key = g_value = None
         if needs_z:

@@ -74,7 +74,6 @@ def _rows() -> list[Row]:
         "spatial-mixing": ("model.spatial_mixing=true",),
     }
     changes |= {"-".join(letters): (_pattern(letters),) for letters in ("THT", "TTT", "HHH", "SSS", "UUU")}
-    changes |= {"T-H-T-spatial-mixing": (_pattern("THT"), *changes["spatial-mixing"])}
     rows = [Row("demo", name, "demo", "full", change) for name, change in changes.items()]
     # S-S-S remembers nothing: what it reaches is reached without memory.
     rows += [
