@@ -24,6 +24,7 @@ from hopescale.model.objective import clip_losses
 from hopescale.model.predictor import HopePredictor
 from tests.benchmarks.ablation_results import RESULTS, keep
 from tests.benchmarks.turns import seconds_in_turns
+from tests.clip_batches import clips_for
 
 FRAMES = (8, 16, 32)
 SIDES = (4, 8)
@@ -44,16 +45,11 @@ def step(config: Config) -> Callable[[], None]:
     """Forward and backward of a few random clips."""
     model = HopePredictor(config.model)
     initialise(model, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    frames, shape = config.model.frames, (config.model.num_patches, config.model.encoder_dim)
-    features = torch.randn(CLIPS, frames, *shape, generator=generator)
-    actions = torch.randn(CLIPS, frames - 1, config.model.action_dim, generator=generator)
-    lengths, target = torch.full((CLIPS,), frames), torch.full((CLIPS,), frames - 1)
+    clips = clips_for(config.model, CLIPS)
+    batch = (clips.features, clips.actions, clips.states, clips.lengths, clips.weights, clips.lengths - 1)
 
     def run() -> None:
-        losses = clip_losses(
-            model, config.objective, features, actions, None, lengths, torch.ones(CLIPS), target, draws=None
-        )
+        losses = clip_losses(model, config.objective, *batch, draws=None)
         (losses.teacher + losses.rollout).backward()
         model.zero_grad(set_to_none=True)
 

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import StepBatches
 from hopescale.config.compose import load_config
-from hopescale.config.schema import Config
 from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
@@ -26,25 +23,9 @@ from hopescale.train_step import train_step
 from tests.benchmarks.ablation_results import STEP_COST, keep
 from tests.benchmarks.ablation_rows import ROWS
 from tests.benchmarks.turns import seconds_in_turns
+from tests.clip_batches import clips_for, step_of
 
 GROUPS = ("demo", "hidden")
-
-
-def random_batch(config: Config) -> StepBatches:
-    """One global batch of whole clips, all in one micro-batch of one rank."""
-    model, count = config.model, config.train.global_batch
-    generator = torch.Generator().manual_seed(0)
-    clips = ClipBatch(
-        features=torch.randn(count, model.frames, model.num_patches, model.encoder_dim, generator=generator),
-        actions=torch.randn(count, model.frames - 1, model.action_dim, generator=generator),
-        states=torch.randn(count, model.frames, model.state_dim, generator=generator) if model.state_dim else None,
-        lengths=torch.full((count,), model.frames),
-        weights=torch.ones(count),
-        positions=torch.arange(count),
-        keys=[str(number) for number in range(count)],
-        partitions=["random"] * count,
-    )
-    return StepBatches(0, clips.lengths.numpy(), [clips])
 
 
 def step(settings: list[str]) -> Callable[[], None]:
@@ -53,7 +34,7 @@ def step(settings: list[str]) -> Callable[[], None]:
     model = HopePredictor(config.model)
     initialise(model, seed=0)
     groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
-    optimizer, batch = M3(groups, config.optimizer), random_batch(config)
+    optimizer, batch = M3(groups, config.optimizer), step_of(clips_for(config.model, config.train.global_batch))
 
     def run() -> None:
         train_step(model, optimizer, batch, config, attempt=0, step=0)
