@@ -1,79 +1,113 @@
-"""One optimizer for the whole predictor: M3 for matrices, AdamW for the rest, chosen per parameter group.
+"""M3: multi-scale momentum whose sum is orthogonalised by Newton-Schulz, and AdamW for what is no matrix.
 
-M3 sums momenta of several time scales and orthogonalises the sum (Newton-Schulz), as Muon does with one. State lies
-eagerly beside each parameter and is sharded like it. A sharded matrix is gathered for Newton-Schulz, so the result
-is that of the unsharded optimizer whatever the number of ranks.
+M3 keeps k momenta, each of its own time scale, sums them element by element and orthogonalises the sum: with one
+time scale it is Muon. Parameters may be whole, or sharded as FSDP2 and HSDP shard them; the update is the same
+(`planner.py`). State is made with the optimizer, fp32 and placed like the parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from .newton_schulz import COEFFICIENTS, orthogonalise, shape_factor
+from . import momentum
+from .adamw import adamw_step
+from .firing import Firing, Moved, count_step
+from .newton_schulz import shape_factor
+from .orthogonaliser import Orthogonaliser, orthogonalisers
+from .pipeline import Turns, take_turns
+from .planner import Schedule
 from .schema import OptimizerConfig
+from .state import check_group, check_state, keep_precision, local, make_state
 
-
-class Moved(NamedTuple):
-    """How far a firing moved a group: sums over this rank's pieces, in fp64."""
-
-    change: Tensor
-    """Of the squares of what was added to the parameters, decay included."""
-    before: Tensor
-    """Of the squares of the parameters before."""
+Place = tuple[int, int]
+"""(group, number in the group) of a parameter."""
 
 
 class M3(torch.optim.Optimizer):
     """M3 and AdamW behind one `step`.
 
-    Groups need the keys `params`, `algorithm` ("m3" or "adamw"), `lr`, `weight_decay`. A matrix is (parameter, leading
-    index): leading dims of an m3 parameter are a batch of matrices. Decay is decoupled: w <- w (1 - lr decay) first.
+    Groups need the keys `params` and `algorithm` ("m3" or "adamw") and may have `lr`, `weight_decay`, `betas` (of
+    adamw), `period` and `name`. A matrix is (parameter, leading index): leading dims of an m3 parameter are a batch of
+    matrices. Decay is decoupled: w <- w (1 - lr decay) first.
 
     A group of `period` C (default 1) fires on every C-th step: it then moves once, on the sum of the C gradients and at
     the rate of that step. In between they wait in the state `period_sum`. Decay, Adam's corrections and the pulse of
     M3's levels count firings. `group["num_steps"]` counts steps, of which num_steps // C fired; a step that is not
     taken (non-finite gradients) moves nothing and counts nowhere.
 
-    Raises:
-        ValueError: a group without parameters, a period below 1, a parameter twice, an m3 parameter with fewer than 2
-            dims, or a complex or integer parameter.
+    A parameter without gradient takes no part in a step: it does not move, and neither does its state. In a slow group
+    it counts as a gradient of zero. Its matrices keep their place in the exchanges of the others either way, so ranks
+    need not agree on who has gradients.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        config: OptimizerConfig,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Check the groups and make their state.
+
+        Args:
+            groups: of parameters.
+            config: settings; `lr` and `weight_decay` are for groups that have none of their own.
+            process_group: ranks that hold the parameters together. None takes all ranks where parameters are DTensors
+                of several; plain parameters that ranks hold copies of are orthogonalised once only with a group.
+
+        Raises:
+            ValueError: a group without parameters, of an unknown algorithm or option, or with a period below 1; a
+                parameter twice, complex, of integers, or in an m3 group with fewer than 2 dims or none of its numbers;
+                a placement that M3 does not know; a plan that cannot be used on some parameter.
+        """
         self.config = config
-        groups = [{"num_steps": 0, "period": 1, **group} for group in groups]
-        for group in groups:
-            _check_group(group)
-        super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
+        self.process_group = process_group
+        adam = config.adam
+        defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "period": 1, "num_steps": 0}
+        super().__init__(list(groups), {**defaults, "betas": (adam.beta1, adam.beta2)})
         self.moved: list[Moved | None] = [None] * len(self.param_groups)
         """How far each group moved on the last step, where that was measured."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                names = self._state_names(group)
-                self.state[parameter] = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in names}
+        self.skipped = False
+        """Whether the last step was not taken, for gradients that are not finite."""
+        self._by_team()
 
-    def _state_names(self, group: dict[str, Any]) -> list[str]:
-        waiting = ["period_sum"] if group["period"] > 1 else []
-        if group["algorithm"] == "adamw":
-            return ["exp_avg", "exp_avg_sq", *waiting]
-        slow = [n for n, level in enumerate(self.config.levels) if level.period > 1]
-        momenta = [f"momentum_{n}" for n in range(len(self.config.levels))]
-        return [*momenta, *(f"buffer_{n}" for n in slow), *waiting]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its state; raises as the constructor does."""
+        check_group(param_group)
+        super().add_param_group(param_group)
+        for parameter in param_group["params"]:
+            self.state[parameter] = make_state(parameter, self.param_groups[-1], self.config)
+        self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state and options.
+
+        Raises:
+            ValueError: the state is of other levels, another form, algorithm or period; nothing is taken over then.
+        """
+        check_state(state_dict, self.param_groups, self.config)
+        super().load_state_dict(state_dict)
+        keep_precision(state_dict, self.param_groups, self.state)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, report_in: int | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        finite: bool | None = None,
+        report_in: int | None = None,
     ) -> float | None:
         """Take one step from the gradients in `.grad`, which are read and left as they are.
 
-        A parameter without gradient takes no part: it does not move, and what it has waiting goes on waiting.
-
         Args:
             closure: computes the loss and its gradients first.
+            finite: whether all gradients of all ranks are finite, from someone who knows; None finds out, by one
+                reduction of one number. If they are not, nothing moves, neither parameters nor state.
             report_in: steps from this one to the next report; a group whose last firing until then is this one leaves
                 in `moved` how far it moved, at the cost of a copy of one parameter at a time. None for no report.
         """
@@ -81,125 +115,144 @@ class M3(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.moved = [None] * len(self.param_groups)
-        for number, group in enumerate(self.param_groups):
-            group["num_steps"] += 1
-            firing, left = divmod(group["num_steps"], group["period"])
-            parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = self._waiting(group, parameters)
-            if left or not parameters:
-                continue
-            if report_in is not None and report_in < group["period"]:
-                self.moved[number] = self._fire_measured(group, firing, parameters, gradients)
-            else:
-                self._fire(group, firing, parameters, gradients)
-            if group["period"] > 1:
-                torch._foreach_zero_(gradients)
+        self.skipped = not (self._all_finite() if finite is None else finite)
+        if self.skipped:
+            self.moved = [None] * len(self.param_groups)
+            return loss
+        counted = [count_step(group, index, self.state, report_in) for index, group in enumerate(self.param_groups)]
+        firings = [firing for firing in counted if firing is not None]
+        matrices = [firing for firing in firings if firing.group["algorithm"] == "m3"]
+        others = [firing for firing in firings if firing.group["algorithm"] == "adamw"]
+        directions = {firing.index: self._directions(firing) for firing in matrices}
+        self._orthogonalise(matrices, directions, meanwhile=lambda: [self._adamw(firing) for firing in others])
+        for firing in matrices:
+            self._move(firing, directions.pop(firing.index))
+        if self.config.form == "paper":
+            self._advance_slow(matrices)
+        for firing in firings:
+            firing.empty_sums(self.state)
+        self.moved = [None if firing is None else firing.moved() for firing in counted]
         return loss
 
-    def _fire(self, group: dict[str, Any], firing: int, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        """Firing number `firing` (from 1) of a group."""
-        (self._adamw if group["algorithm"] == "adamw" else self._m3)(group, firing, parameters, gradients)
+    def schedules(self) -> list[Schedule]:
+        """Who orthogonalises what when all m3 groups fire, one schedule a team of ranks."""
+        return [team.schedule(range(len(places)), exact=True) for team, places in self._by_team()]
 
-    def _fire_measured(
-        self, group: dict[str, Any], firing: int, parameters: list[Tensor], gradients: list[Tensor]
-    ) -> Moved:
-        """The same parameter by parameter, so that only one of them is ever held twice."""
-        change, size = [], []
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            local = _local(parameter)
-            before = local.clone()
-            self._fire(group, firing, [parameter], [gradient])
-            size.append(before.norm(dtype=torch.float64))
-            change.append(before.sub_(local).norm(dtype=torch.float64))
-        return Moved(torch.stack(change).square().sum(), torch.stack(size).square().sum())
+    def _all_finite(self) -> bool:
+        """Whether all gradients are, on every rank."""
+        gradients = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # Sums of absolute values are quick to make; one may overflow though each number is finite.
+        sums = [norm.isfinite() for norm in torch._foreach_norm(gradients, 1)] if gradients else []
+        finite = not sums or bool(torch.stack(sums).all()) or all(bool(g.isfinite().all()) for g in gradients)
+        flag = torch.tensor(int(finite), device=local(self.param_groups[0]["params"][0]).device)
+        shared = self.process_group or (dist.group.WORLD if self._is_sharded() else None)
+        if shared is not None:
+            dist.all_reduce(flag, dist.ReduceOp.MIN, shared)
+        return bool(flag)
 
-    def _waiting(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
-        """What the next firing is to act on, on the local pieces: the gradients, in a slow group their sums so far."""
-        gradients = [_local(p.grad) for p in parameters]
-        if group["period"] == 1 or not parameters:
-            return gradients
-        sums = [_local(self.state[p]["period_sum"]) for p in parameters]
-        torch._foreach_add_(sums, gradients)
-        return sums
+    def _is_sharded(self) -> bool:
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters)
 
-    def _m3(self, group: dict[str, Any], firing: int, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        """Firing number `firing` (from 1) of an m3 group."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            direction = self._direction(firing - 1, gradient, self.state[parameter])
-            update = self._orthogonal(direction, parameter)
-            rows, columns = parameter.shape[-2:]
-            local = _local(parameter)
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(update.to(local.dtype), alpha=-group["lr"] * shape_factor(rows, columns, self.config.adjust))
+    def _by_team(self) -> list[tuple[Orthogonaliser, list[Place]]]:
+        """The m3 parameters by the team of ranks that holds them."""
+        if self._teams is None:
+            places, named = [], []
+            for index, group in enumerate(self.param_groups):
+                if group["algorithm"] == "m3":
+                    names = group.get("param_names") or [f"{index}.{n}" for n in range(len(group["params"]))]
+                    places += [(index, n) for n in range(len(names))]
+                    named += list(zip(names, group["params"], strict=True))
+            teams = orthogonalisers(named, self.config, self.process_group)
+            self._teams = [(team, [places[n] for n in numbers]) for team, numbers in teams]
+        return self._teams
 
-    def _direction(self, step: int, gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        """Advance all levels by one gradient (element by element, on the local piece) and return their sum."""
-        gradient = gradient.float()
-        direction = torch.zeros_like(gradient)
-        for number, level in enumerate(self.config.levels):
-            momentum = _local(state[f"momentum_{number}"])
-            if level.period == 1:
-                momentum.mul_(level.eta).add_(gradient, alpha=level.theta)
-            else:
-                buffer = _local(state[f"buffer_{number}"]).add_(gradient)
-                if step % level.period == 0:
-                    # The first drain holds one gradient: every level fires on step 0.
-                    waited = level.period if step and self.config.drain == "mean" else 1
-                    momentum.mul_(level.eta).add_(buffer, alpha=level.theta / waited)
-                    buffer.zero_()
-            if number == 0 and self.config.nesterov:
-                momentum = torch.lerp(gradient, momentum, level.eta)
-            direction.add_(momentum, alpha=level.weight)
-        return direction
+    def _orthogonalise(
+        self,
+        firings: list[Firing],
+        directions: dict[int, list[Tensor]],
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Orthogonalise directions in place.
 
-    def _orthogonal(self, direction: Tensor, parameter: Tensor) -> Tensor:
-        """The local piece of the orthogonalised whole."""
-        newton_schulz = self.config.newton_schulz
-        coefficients = COEFFICIENTS[newton_schulz.coefficients]
-        if not isinstance(parameter, DTensor):
-            return orthogonalise(direction, coefficients, newton_schulz.steps)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        sharded = DTensor.from_local(
-            direction, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        whole = orthogonalise(sharded.full_tensor(), coefficients, newton_schulz.steps)
-        return distribute_tensor(whole.contiguous(), mesh, placements, src_data_rank=None).to_local()
+        Args:
+            firings: of m3 groups.
+            directions: group -> its directions, flat, of all of its parameters in order.
+            meanwhile: what else there is to do; done while the first exchange is under way.
+        """
+        period = self.config.plan.block_period
+        exact = {f.index: period is None or f.number % period == 0 for f in firings}
+        tasks: list[Turns] = []
+        for team, places in self._by_team():
+            for kind in (True, False):
+                members = [n for n, (index, _) in enumerate(places) if exact.get(index) is kind]
+                if members:
+                    held = {n: directions[places[n][0]][places[n][1]] for n in members}
+                    tasks += team.tasks(members, held, exact=kind)
+        take_turns([*tasks[:1], _at_once(meanwhile), *tasks[1:]])
 
-    def _adamw(self, group: dict[str, Any], firing: int, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        """Firing number `firing` (from 1) of an adamw group."""
-        adam = self.config.adam
-        weights = [_local(p) for p in parameters]
-        gradients = [gradient.float() for gradient in gradients]
-        first = [_local(self.state[p]["exp_avg"]) for p in parameters]
-        second = [_local(self.state[p]["exp_avg_sq"]) for p in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, gradients, 1 - adam.beta1)
-        torch._foreach_mul_(second, adam.beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - adam.beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - adam.beta2**firing) ** 0.5)
-        torch._foreach_add_(scale, adam.eps)
-        torch._foreach_addcdiv_(weights, first, scale, -group["lr"] / (1 - adam.beta1**firing))
+    def _states(self, firing: Firing) -> momentum.States:
+        states = [self.state[p] for p in firing.parameters]
+        return {name: [local(state[name]) for state in states] for name in momentum.state_names(self.config)}
+
+    def _directions(self, firing: Firing) -> list[Tensor]:
+        if not firing.gradients:
+            made = []
+        elif self.config.form == "paper":
+            made = momentum.advance_paper(self.config.paper_form, firing.gradients, self._states(firing))
+        else:
+            made = momentum.advance_levels(self.config, firing.number - 1, firing.gradients, self._states(firing))
+        return firing.for_all(made)
+
+    def _advance_slow(self, firings: list[Firing]) -> None:
+        """Let the slow momentum of form=paper take in its buffer where it is due; it acts from the next firing on."""
+        paper = self.config.paper_form
+        due = [f for f in firings if f.gradients and momentum.slow_level_is_due(paper, f.number - 1)]
+        directions = {
+            f.index: f.for_all(momentum.advance_paper_slow(self.config.paper_form, self._states(f))) for f in due
+        }
+        self._orthogonalise(due, directions)
+        for firing in due:
+            torch._foreach_copy_(self._states(firing)["slow_update"], firing.of_taking_part(directions[firing.index]))
+
+    def _move(self, firing: Firing, directions: list[Tensor]) -> None:
+        """Decay an m3 group, then step along its orthogonalised directions."""
+        group, updates = firing.group, firing.of_taking_part(directions)
+        if self.config.form == "paper":
+            momentum.finish_paper_update(self.config.paper_form, updates, self._states(firing))
+        factors = [shape_factor(p.shape[-2], p.shape[-1], self.config.adjust) for p in firing.parameters]
+        for numbers in firing.parts_to_move():
+            weights = [local(firing.parameters[n]) for n in numbers]
+            with firing.measuring(weights):
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_([updates[n] for n in numbers], [-group["lr"] * factors[n] for n in numbers])
+                moves = [updates[n].to(weight.dtype) for n, weight in zip(numbers, weights, strict=True)]
+                torch._foreach_add_(weights, moves)
+
+    def _adamw(self, firing: Firing) -> None:
+        """Step an adamw group."""
+        group, states = firing.group, [self.state[p] for p in firing.parameters]
+        beta1, beta2 = group["betas"]
+        for state in states:
+            state["step"] += 1
+        for numbers in firing.parts_to_move():
+            weights = [local(firing.parameters[n]) for n in numbers]
+            with firing.measuring(weights):
+                adamw_step(
+                    weights,
+                    [firing.gradients[n] for n in numbers],
+                    [local(states[n]["exp_avg"]) for n in numbers],
+                    [local(states[n]["exp_avg_sq"]) for n in numbers],
+                    [int(states[n]["step"]) for n in numbers],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=self.config.adam.eps,
+                )
 
 
-def _local(tensor: Tensor | None) -> Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return cast(Tensor, tensor)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    name = group.get("name", "unnamed")
-    group["params"] = list(group["params"])
-    if not group["params"]:
-        raise ValueError(f"optimizer group {name} has no parameters")
-    if group["period"] < 1:
-        raise ValueError(f"optimizer group {name} has period {group['period']}; it must be at least 1")
-    if len(set(map(id, group["params"]))) < len(group["params"]):
-        raise ValueError(f"optimizer group {name} holds a parameter twice")
-    for parameter in group["params"]:
-        if not parameter.is_floating_point():
-            raise ValueError(f"optimizer group {name} holds a {parameter.dtype} parameter; only real floats train")
-        if group["algorithm"] == "m3" and parameter.ndim < 2:
-            raise ValueError(f"optimizer group {name} holds a {parameter.ndim}-D parameter; m3 takes matrices")
+def _at_once(do: Callable[[], Any]) -> Turns:
+    do()
+    return
+    yield

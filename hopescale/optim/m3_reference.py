@@ -8,32 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from .newton_schulz import COEFFICIENTS, orthogonalise, shape_factor
+from .newton_schulz import shape_factor, steps_of
 from .schema import OptimizerConfig
 
 
 def m3_reference(
-    weight: Tensor, gradients: Sequence[Tensor], config: OptimizerConfig, lr: float, weight_decay: float
-) -> Tensor:
-    """The weight [rows, columns] after one M3 step per gradient."""
-    momentum = [torch.zeros_like(weight) for _ in config.levels]
-    buffer = [torch.zeros_like(weight) for _ in config.levels]
+    weight: Float[Tensor, "r c"],
+    gradients: Sequence[Float[Tensor, "r c"]],
+    config: OptimizerConfig,
+    lr: float,
+    weight_decay: float,
+) -> Float[Tensor, "r c"]:
+    """The weight after one M3 step per gradient, in the dtype of the weight."""
+    momentum, buffer = ([0 * weight for _ in config.levels] for _ in range(2))
     for step, gradient in enumerate(gradients):
         for number, level in enumerate(config.levels):
             buffer[number] = buffer[number] + gradient
             if step % level.period == 0:
-                waited = level.period if step else 1
-                drained = buffer[number] / waited if config.drain == "mean" else buffer[number]
-                momentum[number] = level.eta * momentum[number] + level.theta * drained
-                buffer[number] = torch.zeros_like(weight)
-        direction = torch.zeros_like(weight)
-        for number, level in enumerate(config.levels):
-            ahead = config.nesterov and number == 0
-            part = gradient + level.eta * (momentum[0] - gradient) if ahead else momentum[number]
-            direction = direction + level.weight * part
-        update = orthogonalise(direction, COEFFICIENTS[config.newton_schulz.coefficients], config.newton_schulz.steps)
+                waited = level.period if step and config.drain == "mean" else 1
+                momentum[number] = level.eta * momentum[number] + level.theta * buffer[number] / waited
+                buffer[number] = 0 * weight
+        parts = list(momentum)
+        if config.nesterov:
+            parts[0] = gradient + config.levels[0].eta * (momentum[0] - gradient)
+        direction = sum((level.weight * part for level, part in zip(config.levels, parts, strict=True)), 0 * weight)
+        update = orthogonalise_reference(direction, config)
         weight = weight * (1 - lr * weight_decay) - lr * shape_factor(*weight.shape, config.adjust) * update
     return weight
+
+
+def orthogonalise_reference(matrix: Float[Tensor, "r c"], config: OptimizerConfig) -> Float[Tensor, "r c"]:
+    """Newton-Schulz as it is written, on the side the matrix happens to have."""
+    x = matrix / matrix.norm().clamp_min(1e-30)
+    for a, b, c in steps_of(config.newton_schulz.coefficients, config.newton_schulz.steps):
+        gram = x @ x.mT
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x

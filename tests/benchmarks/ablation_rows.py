@@ -87,7 +87,31 @@ def _rows() -> list[Row]:
         for letters in ("SHS", "TTT")
         for change in [(_pattern(letters), f"model.frames={frames}", f"train.global_batch={128 // frames}")]
     ]
-    return rows
+    return rows + _optimizer_rows()
+
+
+def _optimizer_rows() -> list[Row]:
+    """Time scales of M3's momentum, how slow ones drain, and AdamW, each at three learning rates."""
+    kinds = {
+        "k2-mean": (1, 4),
+        "k2-sum": (1, 4),
+        "k1": (1,),
+        "k4-mean": (1, 4, 16, 64),
+        "k4-sum": (1, 4, 16, 64),
+    }
+    changes = {
+        name: (
+            f"optimizer.levels=[{','.join(f'{{period: {p}, eta: 0.9, theta: 0.1}}' for p in periods)}]",
+            f"optimizer.drain={'sum' if name.endswith('sum') else 'mean'}",
+        )
+        for name, periods in kinds.items()
+    }
+    changes["adamw"] = ("optimizer=adamw",)
+    return [
+        Row("optimizer", f"{name}-lr{rate}", "demo", "full", (*change, f"optimizer.lr={rate}"))
+        for rate in (6e-3, 3e-3, 1.2e-2)
+        for name, change in changes.items()
+    ]
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hopescale.optim.m3 import M3
 from hopescale.optim.m3_reference import m3_reference
-from hopescale.optim.newton_schulz import COEFFICIENTS, orthogonalise
+from hopescale.optim.newton_schulz import COEFFICIENTS, orthogonalise, steps_of
 from hopescale.optim.schema import OptimizerConfig
 
 LEVELS = {
@@ -22,10 +22,11 @@ LEVELS = {
     ],
 }
 STEPS = 20
+FP32 = {"precision": "fp32"}
 
 
 def config(**fields: Any) -> OptimizerConfig:
-    return OptimizerConfig.model_validate({"levels": LEVELS[2]} | fields)
+    return OptimizerConfig.model_validate({"levels": LEVELS[2], "newton_schulz": FP32} | fields)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -70,7 +71,7 @@ def test_equals_the_reference(num_levels: int, drain: str, nesterov: bool) -> No
 def test_equals_the_reference_for_every_shape_and_adjustment(
     adjust: str, shape: tuple[int, int], coefficients: str
 ) -> None:
-    settings = config(adjust=adjust, newton_schulz={"coefficients": coefficients, "steps": 6})
+    settings = config(adjust=adjust, newton_schulz=FP32 | {"coefficients": coefficients, "steps": 6})
     weight, grads = normal(*shape), gradients(*shape)[:4]
     found, _ = train(weight, grads, settings)
     torch.testing.assert_close(found, m3_reference(weight, grads, settings, 0.05, 0.1), rtol=1e-4, atol=1e-5)
@@ -98,17 +99,19 @@ def test_one_level_is_muon(
 ) -> None:
     # PyTorch iterates in bf16; with one and the same iteration the two must agree to rounding.
     def exact(gradient: Tensor, *_: Any) -> Tensor:
-        return orthogonalise(gradient, COEFFICIENTS["simple"], 5)
+        return orthogonalise(gradient, steps_of("simple", 5))
 
     monkeypatch.setattr(torch_muon, "_zeropower_via_newtonschulz", exact)
-    settings = config(levels=LEVELS[1], nesterov=nesterov, adjust=adjust, newton_schulz={"coefficients": "simple"})
+    settings = config(
+        levels=LEVELS[1], nesterov=nesterov, adjust=adjust, newton_schulz=FP32 | {"coefficients": "simple"}
+    )
     weight, grads = normal(*shape), gradients(*shape)
     expected = muon(weight, grads, nesterov, adjust)
     torch.testing.assert_close(train(weight, grads, settings)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_level_is_muon_up_to_its_bf16_iteration() -> None:
-    settings = config(levels=LEVELS[1], adjust="original", newton_schulz={"coefficients": "simple"})
+    settings = config(levels=LEVELS[1], adjust="original", newton_schulz=FP32 | {"coefficients": "simple"})
     weight, grads = normal(12, 5), gradients(12, 5)[:1]
     expected = muon(weight, grads, nesterov=False, adjust="original", decay=0.0)
     found = train(weight, grads, settings, decay=0.0)[0]
@@ -180,7 +183,7 @@ def test_state_exists_before_the_first_step_and_stays_the_same_objects() -> None
         config(levels=LEVELS[3]),
     )
     assert set(optimizer.state[matrix]) == {f"momentum_{n}" for n in range(3)} | {"buffer_1", "buffer_2"}
-    assert set(optimizer.state[vector]) == {"exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[vector]) == {"exp_avg", "exp_avg_sq", "step"}
     assert all(t.dtype == torch.float32 and not t.any() for s in optimizer.state.values() for t in s.values())
     assert all(optimizer.state[matrix][name].shape == (6, 4) for name in optimizer.state[matrix])
     before = [id(t) for s in optimizer.state.values() for t in s.values()]

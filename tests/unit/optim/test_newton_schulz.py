@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.optim.newton_schulz import COEFFICIENTS, orthogonalise, shape_factor
+from hopescale.optim.newton_schulz import COEFFICIENTS, orthogonalise, shape_factor, steps_of
 
 BANDS = {"simple": (0.67, 1.15), "quintic": (0.96, 1.04)}
 
@@ -23,7 +23,7 @@ def with_singular_values(values: Tensor, rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(48, 12), (12, 48), (9, 9), (5, 48, 12), (2, 3, 8, 20)])
 def test_singular_values_end_near_one(name: str, shape: tuple[int, ...]) -> None:
     x = gaussian(*shape) + 3 * torch.eye(*shape[-2:])
-    out = orthogonalise(x, COEFFICIENTS[name], 5)
+    out = orthogonalise(x, steps_of(name, 5))
     assert out.shape == x.shape
     values = torch.linalg.svdvals(out)
     low, high = BANDS[name]
@@ -36,7 +36,7 @@ def test_singular_vectors_are_kept(name: str) -> None:
     values = torch.tensor([3.0, 2.0, 1.0, 0.5])
     left, _ = torch.linalg.qr(gaussian(7, 4, seed=1))
     right, _ = torch.linalg.qr(gaussian(5, 4, seed=2))
-    inner = left.mT @ orthogonalise(left @ torch.diag(values) @ right.mT, COEFFICIENTS[name], 5) @ right
+    inner = left.mT @ orthogonalise(left @ torch.diag(values) @ right.mT, steps_of(name, 5)) @ right
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-5)
     assert (inner.diagonal() > 0.6).all()
 
@@ -44,7 +44,7 @@ def test_singular_vectors_are_kept(name: str) -> None:
 def test_the_quintic_set_is_closer_to_the_polar_factor_than_the_simple_one() -> None:
     x = with_singular_values(torch.linspace(0.2, 1, 8), 16, 8)
     left, _, right = torch.linalg.svd(x, full_matrices=False)
-    error = {name: (orthogonalise(x, COEFFICIENTS[name], 5) - left @ right).norm() for name in COEFFICIENTS}
+    error = {name: (orthogonalise(x, steps_of(name, 5)) - left @ right).norm() for name in COEFFICIENTS}
     assert error["quintic"] < 0.3 * error["simple"]
 
 
@@ -53,16 +53,16 @@ def test_the_quintic_set_is_closer_to_the_polar_factor_than_the_simple_one() -> 
 def test_the_scale_of_a_matrix_does_not_matter(name: str, scale: float) -> None:
     x = gaussian(3, 10, 6)
     torch.testing.assert_close(
-        orthogonalise(scale * x, COEFFICIENTS[name], 5), orthogonalise(x, COEFFICIENTS[name], 5), rtol=1e-3, atol=1e-4
+        orthogonalise(scale * x, steps_of(name, 5)), orthogonalise(x, steps_of(name, 5)), rtol=1e-3, atol=1e-4
     )
 
 
 def test_matrices_of_a_batch_do_not_mix() -> None:
     x = gaussian(3, 10, 6)
     x[1] *= 1e-20
-    together = orthogonalise(x, COEFFICIENTS["quintic"], 5)
+    together = orthogonalise(x, steps_of("quintic", 5))
     for one, expected in zip(together, x, strict=True):
-        torch.testing.assert_close(one, orthogonalise(expected, COEFFICIENTS["quintic"], 5), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, orthogonalise(expected, steps_of("quintic", 5)), rtol=1e-4, atol=1e-5)
 
 
 def test_transposing_and_negating_carry_over() -> None:
@@ -75,7 +75,7 @@ def test_transposing_and_negating_carry_over() -> None:
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 4, 4)])
 def test_a_zero_matrix_stays_zero(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)
-    assert torch.equal(orthogonalise(x, COEFFICIENTS["quintic"], 5), x)
+    assert torch.equal(orthogonalise(x, steps_of("quintic", 5)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1,0 +1,383 @@
+"""Which rank orthogonalises which matrix, and by which plan: a pure function of layouts, team and cost model.
+
+Every rank makes the schedule for itself and comes to the same one: no clock, no hash order, no float that depends on
+the rank. `agree` has the ranks compare fingerprints before a schedule is used.
+
+Plans, by what travels (b bytes a number, r x c the matrix, m = min(r, c), W slots):
+    local           every matrix is whole on its rank: nothing
+    owner           pieces to the owner, updates back: 2 b r c (W-1)/W a matrix, in two exchanges a bucket
+    replicated      whole matrices held R times are computed once: b r c (R-1), in one
+    gram            upper triangles of partial Gram matrices to the owner, of its polynomial back: m (m+1)/2 numbers
+                    from and to every slot but the owner's, in two exchanges (two more for each restart)
+    gather          every piece to every rank, which computes everything: b r c (W-1), in one; the oracle
+    block_periodic  nothing; each rank orthogonalises its own piece, which is another optimizer
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Literal, NamedTuple
+
+from .newton_schulz import flops, takes_gram_form
+from .schema import NewtonSchulzConfig, PlanConfig
+from .shard_map import Layout, Team
+
+PlanName = Literal["local", "owner", "replicated", "gram", "gather", "block_periodic"]
+
+EVERY = -1
+"""In a place: every replica, or every slot."""
+
+
+class Place(NamedTuple):
+    """Which ranks work on a matrix: those at this replica and slot."""
+
+    replica: int
+    slot: int
+
+
+class Costs(NamedTuple):
+    """What the planner takes a machine to do."""
+
+    latency: float
+    """Seconds of an exchange inside a replica."""
+    bandwidth: float
+    """Bytes a second that one rank sends inside a replica."""
+    across_latency: float
+    """Seconds of an exchange between replicas."""
+    across_bandwidth: float
+    """Bytes a second that one rank sends to other replicas."""
+    flops: float
+    """Operations a second of the products of Newton-Schulz, on one rank."""
+
+
+CPU = Costs(latency=3e-4, bandwidth=1e9, across_latency=5e-4, across_bandwidth=1e9, flops=1e11)
+CUDA = Costs(latency=3e-5, bandwidth=1e11, across_latency=6e-5, across_bandwidth=2e10, flops=1e14)
+"""Orders of magnitude of an NVLink node with one 200 Gb/s link a GPU; not measured by us."""
+
+
+def costs_of(config: PlanConfig, device_type: str) -> Costs:
+    """The device's usual costs with those that the configuration gives."""
+    usual = CPU if device_type in ("cpu", "meta") else CUDA
+    given = {name: getattr(config, name) for name in Costs._fields}
+    return usual._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose matrices are orthogonalised together, by one plan."""
+
+    plan: PlanName
+    members: tuple[int, ...]
+    """Parameters, by their place among all layouts."""
+    matrices: tuple[tuple[int, int], ...]
+    """(position in members, matrix number) of each matrix."""
+    places: tuple[Place, ...]
+    """Who works on each matrix."""
+
+
+class Traffic(NamedTuple):
+    """Bytes that each rank sends in one exchange."""
+
+    inside: list[int]
+    """To ranks of its replica, itself left out."""
+    across: list[int]
+    """To other replicas."""
+
+    @property
+    def total(self) -> list[int]:
+        """To other ranks."""
+        return [a + b for a, b in zip(self.inside, self.across, strict=True)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All buckets of one step, in order."""
+
+    layouts: tuple[Layout, ...]
+    team: Team
+    newton_schulz: NewtonSchulzConfig
+    config: PlanConfig
+    costs: Costs
+    buckets: tuple[Bucket, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same on two ranks if and only if they would do the same."""
+        told = [repr((b.plan, b.members, b.matrices, b.places)) for b in self.buckets]
+        told += [repr((layout.name, layout.shape, layout.pieces)) for layout in self.layouts]
+        told += [repr(self.team), self.newton_schulz.model_dump_json(), self.config.gram_wire]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of a number of a matrix on its way: what Newton-Schulz rounds its input to anyway."""
+        return 2 if self.newton_schulz.precision == "bf16" else 4
+
+    def num_exchanges(self, bucket: Bucket) -> int:
+        """Collectives of a bucket."""
+        if self.team.size == 1:
+            return 0
+        rounds = {"owner": 2, "replicated": 1, "gather": 1, "gram": 2 * self._gram_rounds}
+        return rounds.get(bucket.plan, 0)
+
+    @property
+    def _gram_rounds(self) -> int:
+        size = self.newton_schulz.restart or self.newton_schulz.steps
+        return -(-self.newton_schulz.steps // size)
+
+    @cached_property
+    def traffic(self) -> tuple[tuple[Traffic, ...], ...]:
+        """Bucket -> exchange -> bytes."""
+        return tuple(tuple(self._traffic(bucket)) for bucket in self.buckets)
+
+    def _traffic(self, bucket: Bucket) -> list[Traffic]:
+        if self.team.size == 1:
+            return []
+        exchanges = {
+            "owner": [self._to_workers, self._to_holders],
+            "replicated": [self._to_holders],
+            "gather": [self._to_workers],
+            "gram": [self._to_workers, self._to_holders] * self._gram_rounds,
+        }
+        return [exchange(bucket) for exchange in exchanges.get(bucket.plan, [])]
+
+    def _size(self, bucket: Bucket, number: int, slot: int) -> int:
+        """Bytes that travel between a slot and whoever works on a matrix."""
+        position, matrix = bucket.matrices[number]
+        layout = self.layouts[bucket.members[position]]
+        size = layout.sizes[slot][matrix]
+        if bucket.plan != "gram":
+            return size * self.wire_bytes
+        short = min(layout.rows, layout.columns)
+        return short * (short + 1) // 2 * (2 if self.config.gram_wire == "bf16" else 4) if size else 0
+
+    def _to_workers(self, bucket: Bucket) -> Traffic:
+        sent = Traffic([0] * self.team.size, [0] * self.team.size)
+        for number, place in enumerate(bucket.places):
+            for replica in range(self.team.num_replicas) if place.replica == EVERY else [place.replica]:
+                workers = self.team.num_slots if place.slot == EVERY else 1
+                for slot in range(self.team.num_slots):
+                    others = workers - (place.slot in (EVERY, slot))
+                    sent.inside[self.team.rank[replica, slot]] += others * self._size(bucket, number, slot)
+        return sent
+
+    def _to_holders(self, bucket: Bucket) -> Traffic:
+        sent = Traffic([0] * self.team.size, [0] * self.team.size)
+        others = self.team.num_replicas - 1
+        for number, place in enumerate(bucket.places):
+            sizes = [self._size(bucket, number, slot) for slot in range(self.team.num_slots)]
+            for replica in range(self.team.num_replicas) if place.replica == EVERY else [place.replica]:
+                rank = self.team.rank[replica, place.slot]
+                sent.inside[rank] += sum(sizes) - sizes[place.slot]
+                sent.across[rank] += 0 if place.replica == EVERY else others * sum(sizes)
+        return sent
+
+    @cached_property
+    def flops(self) -> tuple[tuple[int, ...], ...]:
+        """Bucket -> rank -> operations."""
+        return tuple(tuple(self._flops(bucket)) for bucket in self.buckets)
+
+    def _flops(self, bucket: Bucket) -> list[int]:
+        done = [0] * self.team.size
+        for (position, matrix), place in zip(bucket.matrices, bucket.places, strict=True):
+            layout = self.layouts[bucket.members[position]]
+            if bucket.plan in ("gram", "block_periodic"):
+                for slot in range(self.team.num_slots):
+                    share = self._share_flops(layout, matrix, slot, bucket.plan)
+                    for replica in range(self.team.num_replicas):
+                        done[self.team.rank[replica, slot]] += share
+            if bucket.plan != "block_periodic":
+                work = self._work(bucket.plan, layout)
+                for rank in workers(self.team, place):
+                    done[rank] += work
+        return done
+
+    def _work(self, plan: PlanName, layout: Layout) -> int:
+        """Operations on one matrix by whoever works on it."""
+        return work(plan, layout, self.newton_schulz)
+
+    def _share_flops(self, layout: Layout, matrix: int, slot: int, plan: PlanName) -> int:
+        """Operations on one matrix by everyone who holds a piece."""
+        if not layout.sizes[slot][matrix]:
+            return 0
+        if plan == "gram":
+            return 4 * layout.sizes[slot][matrix] * min(layout.rows, layout.columns) * self._gram_rounds
+        (box,) = layout.pieces[slot][matrix]
+        sides = sorted((box.bottom - box.top, box.right - box.left))
+        return matrix_flops(sides[0], sides[1], self.newton_schulz)
+
+    @cached_property
+    def seconds(self) -> tuple[float, ...]:
+        """Bucket -> what it takes by the cost model, nothing overlapped."""
+        found = []
+        for done, exchanges in zip(self.flops, self.traffic, strict=True):
+            total = max(done) / self.costs.flops
+            for sent in exchanges:
+                far = any(sent.across)
+                total += self.costs.across_latency if far else self.costs.latency
+                total += max(sent.inside) / self.costs.bandwidth + max(sent.across) / self.costs.across_bandwidth
+            found.append(total)
+        return tuple(found)
+
+
+def work(plan: PlanName, layout: Layout, config: NewtonSchulzConfig) -> int:
+    """Operations on one matrix of a layout by whoever works on it; in a gram plan the polynomial alone."""
+    short, long = sorted((layout.rows, layout.columns))
+    if plan != "gram":
+        return matrix_flops(short, long, config)
+    return flops(short, 0, config.steps, gram=True, restart=config.restart)
+
+
+def matrix_flops(short: int, long: int, config: NewtonSchulzConfig) -> int:
+    """Operations on one whole matrix, in the form that `orthogonalise` takes."""
+    gram = config.precision == "fp32" and takes_gram_form(short, long)
+    return flops(short, long, config.steps, gram=gram, restart=config.restart)
+
+
+def workers(team: Team, place: Place) -> list[int]:
+    """Ranks at a place."""
+    replicas = range(team.num_replicas) if place.replica == EVERY else [place.replica]
+    slots = range(team.num_slots) if place.slot == EVERY else [place.slot]
+    return [team.rank[replica, slot] for replica in replicas for slot in slots]
+
+
+def make_schedule(
+    layouts: Sequence[Layout],
+    members: Sequence[int],
+    team: Team,
+    newton_schulz: NewtonSchulzConfig,
+    config: PlanConfig,
+    costs: Costs,
+) -> Schedule:
+    """The schedule of some parameters.
+
+    Args:
+        layouts: of all parameters.
+        members: which of them, by their place.
+        team: the ranks that hold them.
+        newton_schulz: how a matrix is orthogonalised; `precision` is not "auto" any more.
+        config: the strategy, forced or "auto", which takes the candidate that the cost model finds fastest.
+        costs: the cost model.
+
+    Raises:
+        ValueError: the strategy cannot be used on some parameter.
+    """
+
+    def schedule(plan_of: Callable[[int], PlanName], across: bool) -> Schedule:
+        buckets = _buckets(layouts, members, plan_of, team, newton_schulz, config, across)
+        return Schedule(tuple(layouts), team, newton_schulz, config, costs, tuple(buckets))
+
+    between = [False, True] if team.num_replicas > 1 else [False]
+    if config.strategy != "auto":
+        forced: PlanName = config.strategy
+        _check_forced(forced, layouts, members, team)
+        found = [schedule(lambda _: forced, across) for across in between]
+    else:
+        whole_plans: list[PlanName] = ["local"]
+        if team.num_replicas > 1:
+            whole_plans.append("replicated")
+        if team.num_slots > 1:
+            whole_plans.append("owner")
+        prefers_gram = {n: _prefers_gram(layouts[n], team, newton_schulz, config) for n in members}
+        found = [
+            schedule(lambda n, w=w, g=g: w if layouts[n].is_whole else "gram" if g and prefers_gram[n] else "owner", a)
+            for w, g, a in product(whole_plans, [False, True] if any(prefers_gram.values()) else [False], between)
+        ]
+    # The first of equals: `min` keeps it, and every rank lists them in the same order.
+    return min(found, key=lambda made: sum(made.seconds))
+
+
+def _prefers_gram(layout: Layout, team: Team, newton_schulz: NewtonSchulzConfig, config: PlanConfig) -> bool:
+    """Whether the Gram plan is as exact as the owner's and sends fewer bytes."""
+    short, long = sorted((layout.rows, layout.columns))
+    # In bf16 the unsharded update is the less exact one, and a sharded run is to equal an unsharded one.
+    if newton_schulz.precision == "bf16" or not takes_gram_form(short, long) or layout.cut_side is None:
+        return False
+    number = 2 if config.gram_wire == "bf16" else 4
+    rounds = -(-newton_schulz.steps // (newton_schulz.restart or newton_schulz.steps))
+    return rounds * team.num_slots * short * (short + 1) // 2 * number < 4 * short * long
+
+
+def _check_forced(plan: PlanName, layouts: Sequence[Layout], members: Sequence[int], team: Team) -> None:
+    rules: dict[str, tuple[Callable[[Layout], bool], str]] = {
+        "local": (lambda layout: layout.is_whole, "needs every matrix whole on its rank"),
+        "replicated": (lambda layout: layout.is_whole, "needs every matrix whole on its rank"),
+        "gram": (
+            lambda layout: layout.cut_side is not None,
+            "needs pieces that cut the longer side alone, in whole rows (or columns) of the other",
+        ),
+        "block_periodic": (
+            lambda layout: all(len(piece) <= 1 for slot in layout.pieces for piece in slot),
+            "needs pieces that are rectangles",
+        ),
+    }
+    fits, rule = rules.get(plan, (lambda _: True, ""))
+    wrong = [layouts[n].name for n in members if not fits(layouts[n])]
+    if wrong:
+        names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise ValueError(f"optimizer.plan.strategy={plan} {rule}, but {names} are cut otherwise; use auto or owner")
+
+
+def _buckets(
+    layouts: Sequence[Layout],
+    members: Sequence[int],
+    plan_of: Callable[[int], PlanName],
+    team: Team,
+    newton_schulz: NewtonSchulzConfig,
+    config: PlanConfig,
+    across: bool,
+) -> list[Bucket]:
+    """Buckets of one plan each, no larger than asked for unless one parameter is; then owners, by work so far."""
+    held: dict[PlanName, list[list[int]]] = {}
+    filled: dict[PlanName, int] = {}
+    for number in members:
+        plan, size = plan_of(number), max(map(sum, layouts[number].sizes)) * 4
+        full = plan in held and filled[plan] + size > config.bucket_mib * 2**20
+        if plan not in held or full:
+            held.setdefault(plan, []).append([])
+            filled[plan] = 0
+        held[plan][-1].append(number)
+        filled[plan] += size
+    loads = [0] * team.size
+    return [
+        _assigned(plan, numbers, layouts, team, newton_schulz, across, loads)
+        for plan, lists in held.items()
+        for numbers in lists
+    ]
+
+
+def _assigned(
+    plan: PlanName,
+    numbers: list[int],
+    layouts: Sequence[Layout],
+    team: Team,
+    newton_schulz: NewtonSchulzConfig,
+    across: bool,
+    loads: list[int],
+) -> Bucket:
+    """A bucket with its owners: largest work first, each to the rank with the least so far; adds to `loads`."""
+    matrices = [(position, m) for position, n in enumerate(numbers) for m in range(layouts[n].count)]
+    costs = [work(plan, layouts[numbers[position]], newton_schulz) for position, _ in matrices]
+    places: list[Place] = [Place(EVERY, EVERY)] * len(matrices)
+    for number in sorted(range(len(matrices)), key=lambda number: (-costs[number], number)):
+        position, matrix = matrices[number]
+        candidates = _candidates(plan, layouts[numbers[position]], matrix, team, across)
+        place = min(candidates, key=lambda place: max(loads[rank] for rank in workers(team, place)))
+        for rank in workers(team, place):
+            loads[rank] += costs[number]
+        places[number] = place
+    return Bucket(plan, tuple(numbers), tuple(matrices), tuple(places))
+
+
+def _candidates(plan: PlanName, layout: Layout, matrix: int, team: Team, across: bool) -> list[Place]:
+    if plan in ("gather", "block_periodic"):
+        return [Place(EVERY, EVERY)]
+    slots = list(range(team.num_slots))
+    if plan in ("local", "replicated"):
+        slots = [next(slot for slot in slots if layout.sizes[slot][matrix])]
+    replicas = range(team.num_replicas) if plan == "replicated" or (across and plan != "local") else [EVERY]
+    return [Place(replica, slot) for replica in replicas for slot in slots]
