@@ -100,14 +100,23 @@ def import_checkpoint(
 
 
 @app.command()
-def plan(overrides: Overrides = None, as_json: Json = False) -> None:
-    """Count parameters, and FLOPs and bytes of a clip, without data and without building the model."""
+def plan(
+    overrides: Overrides = None,
+    shards: Annotated[int, typer.Option(min=1, help="Ranks that one copy of the model is sharded over.")] = 1,
+    copies: Annotated[int, typer.Option(min=1, help="Copies of the sharded model (HSDP).")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Count parameters, FLOPs and bytes of a clip, and plan the optimizer's work, without data or a built model."""
     from hopescale.config.compose import load_config
     from hopescale.plan.model import describe_plan, plan_model
+    from hopescale.plan.optimizer import plan_optimizer
 
-    figures = plan_model(load_config(overrides or []))
+    config = load_config(overrides or [])
+    newton_schulz, table = plan_optimizer(config, shards, copies)
+    figures = {**plan_model(config), "newton_schulz": newton_schulz}
     if not as_json:
         print(describe_plan(figures))
+        print(f"\n{table}")
     _finish(figures, as_json)
 
 

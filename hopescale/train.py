@@ -32,6 +32,7 @@ from hopescale.model.init import initialise
 from hopescale.model.teaching import at_step
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups, routing_table
+from hopescale.optim.schedule_table import schedule_table
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.parallel.agreement import Together, check_agreement, decide_on_first
 from hopescale.parallel.fsdp import free_gathered, shard_model
@@ -180,9 +181,12 @@ def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Mod
     mesh = build_mesh(device, world_size)
     shard_model(model, list(model.blocks), mesh, reshard_after_forward=config.parallel.reshard_after_forward)
     groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
+    optimizer = M3(groups, config.optimizer)
     if dist.get_rank() == 0:
         logger.info("%s", routing_table(groups))
-    return model, M3(groups, config.optimizer)
+        for schedule in optimizer.schedules():
+            logger.info("%s", schedule_table(schedule))
+    return model, optimizer
 
 
 def resume(

@@ -80,7 +80,7 @@ def train_step(
     dead, moved = dead_numbers(optimizer.param_groups) if report_in == 0 else None, []
     if not skipped:
         clip_gradients(optimizer.param_groups, norms, config.optimizer.clip)
-        optimizer.step(report_in=report_in)
+        optimizer.step(finite=True, report_in=report_in)
         moved = optimizer.moved
         consolidate(model, changes, batches.num_clips, step)
     optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .symmetric import symmetric_product
+
 Triple = tuple[float, float, float]
 Coefficients = tuple[Triple, ...]
 Precision = Literal["fp32", "bf16"]
@@ -92,7 +94,7 @@ def orthogonalise(
         x = _plain(x.bfloat16(), steps).float()
     elif takes_gram_form(x.shape[-2], x.shape[-1]):
         for part in segments(steps, restart):
-            x = polynomial(x @ x.mT, part) @ x
+            x = polynomial(gram_matrix(x), part) @ x
     else:
         x = _plain(x, steps)
     return x.mT if tall else x
@@ -121,10 +123,18 @@ def _plain(x: Float[Tensor, "*batch short long"], steps: Coefficients) -> Float[
     shape = x.shape
     x = x.flatten(0, -3) if x.ndim > 2 else x[None]
     for a, b, c in steps:
-        gram = torch.bmm(x, x.mT)
-        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram * b
+        gram = symmetric_product(x, x.mT)
+        inner = symmetric_product(gram, gram, gram, beta=b, alpha=c) if c else gram * b
         x = torch.baddbmm(x, inner, x, beta=a)
     return x.view(shape)
+
+
+def gram_matrix(x: Float[Tensor, "*batch short long"]) -> Float[Tensor, "*batch short short"]:
+    """X X^T."""
+    if x.ndim == 2:
+        return symmetric_product(x[None], x.mT[None])[0]
+    flat = x.flatten(0, -3)
+    return symmetric_product(flat, flat.mT).view(*x.shape[:-1], x.shape[-2])
 
 
 def polynomial(gram: Float[Tensor, "*batch short short"], steps: Coefficients) -> Float[Tensor, "*batch short short"]:
@@ -136,21 +146,21 @@ def polynomial(gram: Float[Tensor, "*batch short short"], steps: Coefficients) -
     r = gram.reshape(-1, *shape[-2:])
     q = None
     for number, (a, b, c) in enumerate(steps):
-        z = torch.baddbmm(r, r, r, beta=b, alpha=c) if c else r * b
+        z = symmetric_product(r, r, r, beta=b, alpha=c) if c else r * b
         if q is None:
             q = z.clone()
             q.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            q = torch.baddbmm(q, q, z, beta=a)
+            q = symmetric_product(q, z, q, beta=a)
         if number + 1 < len(steps):
-            half = torch.baddbmm(r, r, z, beta=a)
-            r = torch.baddbmm(half, half, z, beta=a)
+            half = symmetric_product(r, z, r, beta=a)
+            r = symmetric_product(half, z, half, beta=a)
     assert q is not None, "at least one step"
     return q.view(shape)
 
 
 def flops(short: int, long: int, num_steps: int, *, gram: bool, restart: int = 0) -> int:
-    """Operations (2 a multiply-add) on one matrix, for tables with c != 0; see the two forms above."""
+    """Operations (2 a multiply-add) on one matrix, for tables with c != 0, without what `symmetric_product` saves."""
     if not gram:
         return num_steps * (4 * short * short * long + 2 * short**3)
     parts = segments(((1.0, 1.0, 1.0),) * num_steps, restart)

@@ -100,11 +100,14 @@ class Orthogonaliser:
 
 
 def with_precision(config: NewtonSchulzConfig, device: torch.device) -> NewtonSchulzConfig:
-    """The same with `auto` resolved for a device: bf16 where it multiplies bf16 itself."""
+    """The same with `auto` resolved for a device: bf16 where it multiplies bf16 itself.
+
+    Without a CUDA device at hand, planning for one takes it to be one that does.
+    """
     if config.precision != "auto":
         return config
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return config.model_copy(update={"precision": "bf16" if native else "fp32"})

@@ -210,18 +210,21 @@ class Schedule:
         sides = sorted((box.bottom - box.top, box.right - box.left))
         return matrix_flops(sides[0], sides[1], self.newton_schulz)
 
-    @cached_property
-    def seconds(self) -> tuple[float, ...]:
-        """Bucket -> what it takes by the cost model, nothing overlapped."""
-        found = []
-        for done, exchanges in zip(self.flops, self.traffic, strict=True):
-            total = max(done) / self.costs.flops
-            for sent in exchanges:
-                far = any(sent.across)
-                total += self.costs.across_latency if far else self.costs.latency
-                total += max(sent.inside) / self.costs.bandwidth + max(sent.across) / self.costs.across_bandwidth
-            found.append(total)
-        return tuple(found)
+    def seconds(self, buckets: Sequence[int] | None = None) -> float:
+        """What some buckets take by the cost model, all of them by default.
+
+        Ranks wait for each other only at the end, for buckets overlap and owners are balanced over all of them; but
+        no exchange of a rank is taken to overlap with its own products.
+        """
+        chosen = range(len(self.buckets)) if buckets is None else buckets
+        exchanges = [sent for bucket in chosen for sent in self.traffic[bucket]]
+        costs, ranks = self.costs, range(self.team.size)
+        return (
+            max((sum(self.flops[bucket][rank] for bucket in chosen) for rank in ranks), default=0) / costs.flops
+            + sum(costs.across_latency if any(sent.across) else costs.latency for sent in exchanges)
+            + max(sum(sent.inside[rank] for sent in exchanges) for rank in ranks) / costs.bandwidth
+            + max(sum(sent.across[rank] for sent in exchanges) for rank in ranks) / costs.across_bandwidth
+        )
 
 
 def work(plan: PlanName, layout: Layout, config: NewtonSchulzConfig) -> int:
@@ -288,7 +291,7 @@ def make_schedule(
             for w, g, a in product(whole_plans, [False, True] if any(prefers_gram.values()) else [False], between)
         ]
     # The first of equals: `min` keeps it, and every rank lists them in the same order.
-    return min(found, key=lambda made: sum(made.seconds))
+    return min(found, key=Schedule.seconds)
 
 
 def _prefers_gram(layout: Layout, team: Team, newton_schulz: NewtonSchulzConfig, config: PlanConfig) -> bool:

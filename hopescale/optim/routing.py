@@ -41,16 +41,25 @@ def route(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> 
     """Sort named parameters into groups by the rules; what m3 cannot orthogonalise in its group goes to `embeddings`.
 
     Raises:
-        ValueError: a parameter that no rule names.
+        ValueError: a parameter that no rule names, or a rule of the configuration that names no parameter.
     """
+    own = [(rule.pattern, rule.group) for rule in config.routes]
+    unused = dict(own)
     routes = []
     for name, parameter in parameters:
-        group = next((group for pattern, group in RULES if fnmatchcase(name, pattern)), None)
+        matching = ((pattern, group) for pattern, group in (*own, *RULES) if fnmatchcase(name, pattern))
+        pattern, group = next(matching, ("", None))
+        unused.pop(pattern, None)
         if group is None:
             raise ValueError(f"no routing rule names parameter {name}; add one to hopescale/optim/routing.py")
         if getattr(config.groups, group).algorithm == "m3" and min(parameter.shape[-2:]) < SHORTEST_SIDE:
             group = "embeddings"
         routes.append(Route(name, tuple(parameter.shape), group))
+    if unused:
+        names = ", ".join(unused)
+        raise ValueError(
+            f"optimizer.routes has patterns that no parameter of this model is left for: {names}; drop them"
+        )
     return routes
 
 
@@ -79,6 +88,8 @@ def parameter_groups(
             own = (period for pattern, period in periods.items() if fnmatchcase(member, pattern))
             by_period.setdefault(next(own, settings.period), []).append(member)
         decay = config.weight_decay if settings.weight_decay is None else settings.weight_decay
+        beta1 = config.adam.beta1 if settings.beta1 is None else settings.beta1
+        beta2 = config.adam.beta2 if settings.beta2 is None else settings.beta2
         for period, members in sorted(by_period.items()):
             groups.append(
                 {
@@ -89,6 +100,7 @@ def parameter_groups(
                     "lr": config.lr * settings.lr_scale,
                     "lr_scale": settings.lr_scale,
                     "weight_decay": decay,
+                    "betas": (beta1, beta2),
                     "period": period,
                 }
             )

@@ -186,6 +186,20 @@ class GroupsConfig(BaseModel):
         return self
 
 
+GroupName = Literal["titan", "cms", "attention", "projections", "embeddings", "vectors"]
+
+
+class RouteConfig(BaseModel):
+    """One more routing rule, tried before those of `optim/routing.py`."""
+
+    model_config = SECTION
+
+    pattern: str
+    """Name of parameters, with * for any part of it."""
+    group: GroupName
+    """Group they go to."""
+
+
 class ClipConfig(BaseModel):
     """Gradient clipping by norm, before the optimizer's momentum."""
 
@@ -254,6 +268,8 @@ class OptimizerConfig(BaseModel):
     plan: PlanConfig = PlanConfig()
     adam: AdamConfig = AdamConfig()
     groups: GroupsConfig = GroupsConfig()
+    routes: Annotated[tuple[RouteConfig, ...], Field(strict=False)] = ()
+    """Rules that come before the built-in ones, first match first; each must name a parameter."""
     clip: ClipConfig = ClipConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -2,8 +2,8 @@
 
 A matrix is (parameter, leading index); the leading dims of a parameter are a batch of matrices. Ranks that hold the
 same piece are replicas of one slot: with FSDP2 a slot is a place on the sharded axes of the mesh, with ZeRO every rank
-is one. A piece is a list of boxes. FSDP2 makes one of it; a flat range of ZeRO cuts a matrix into at most three (the end
-of a row, whole rows, the start of a row), so packing and placing know boxes alone. Nothing here needs a process group.
+is one. A piece is a list of boxes. FSDP2 makes one of it; a flat range of ZeRO cuts a matrix into at most three (the
+end of a row, whole rows, the start of a row), so packing and placing know boxes alone. Nothing here needs a group.
 """
 
 from __future__ import annotations

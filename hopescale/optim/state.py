@@ -33,7 +33,7 @@ def local(tensor: Tensor | None) -> Tensor:
 
 
 def make_state(parameter: Tensor, group: Mapping[str, Any], config: OptimizerConfig) -> dict[str, Tensor]:
-    """The zero state of one parameter; `step`, a tensor so that it is saved like the rest, counts AdamW's steps of it."""
+    """The zero state of one parameter. AdamW's `step` is a tensor so that it is saved like the rest."""
     zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in _names(group, config)}
     for name in zeros:
         if group["algorithm"] == "m3" and waits_in_host_memory(name, config):
@@ -107,8 +107,8 @@ def check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], con
                 parameter = (group.get("param_names") or range(len(group["params"])))[place]
                 lacks, surplus = (", ".join(sorted(some)) or "nothing" for some in (expected - found, found - expected))
                 raise ValueError(
-                    f"saved state of parameter {parameter} in optimizer group {name} lacks {lacks} and has {surplus} too "
-                    f"much: it is of other optimizer.levels or another optimizer.form than this optimizer's "
+                    f"saved state of parameter {parameter} in optimizer group {name} lacks {lacks} and has {surplus} "
+                    f"too much: it is of other optimizer.levels or another optimizer.form than this optimizer's "
                     f"{len(config.levels)} levels in form {config.form}"
                 )
 

@@ -99,7 +99,7 @@ def _optimizer_rows() -> list[Row]:
         "k4-mean": (1, 4, 16, 64),
         "k4-sum": (1, 4, 16, 64),
     }
-    changes = {
+    changes: dict[str, tuple[str, ...]] = {
         name: (
             f"optimizer.levels=[{','.join(f'{{period: {p}, eta: 0.9, theta: 0.1}}' for p in periods)}]",
             f"optimizer.drain={'sum' if name.endswith('sum') else 'mean'}",

@@ -19,9 +19,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig
+from hopescale.parallel.process_group import end_process
 
 STEPS = 6
-SHARD0, SHARD1 = [Shard(0)], [Shard(1)]
+SHARD0: list[Placement] = [Shard(0)]
+SHARD1: list[Placement] = [Shard(1)]
+SHARD2: list[Placement] = [Shard(2)]
 LEVELS = [{"period": 1, "eta": 0.9, "theta": 0.1}, {"period": 3, "eta": 0.8, "theta": 0.2, "weight": 0.5}]
 
 TALL, WIDE, SQUARE, UNEVEN, SHORT = (24, 12), (12, 24), (12, 12), (18, 7), (5, 24)
@@ -50,12 +53,12 @@ def cases(size: int) -> Iterator[Case]:
         yield Case(f"shard0 {plan}", uneven, SHARD0, {"plan": plan})
         # DTensor cuts any dim unevenly, though FSDP2 does not.
         yield Case(f"shard1 {plan}", uneven, SHARD1, {"plan": plan})
-        yield Case(f"stack on a matrix dim {plan}", [STACK, HEADS], [Shard(2)], {"plan": plan})
+        yield Case(f"stack on a matrix dim {plan}", [STACK, HEADS], SHARD2, {"plan": plan})
         yield Case(f"heads {plan}", [HEADS], [Shard(1)], {"plan": plan})
     yield Case("stack on its leading dim", [STACK, HEADS, (9, 7, 8)], SHARD0)
     yield Case("gram, rows", [TALL, SQUARE, UNEVEN], SHARD0, {"plan": "gram"})
     yield Case("gram, columns", [WIDE, SQUARE, (7, 18), (2, 24)], SHARD1, {"plan": "gram"})
-    yield Case("gram, stacked", [STACK, (3, 8, 40)], [Shard(2)], {"plan": "gram"})
+    yield Case("gram, stacked", [STACK, (3, 8, 40)], SHARD2, {"plan": "gram"})
     restart = {"plan": "gram", "newton_schulz": {"precision": "fp32", "restart": 2}}
     yield Case("gram with restart", [TALL, UNEVEN], SHARD0, restart)
     yield Case("many small buckets", [TALL] * 9 + [WIDE] * 5, SHARD0, {"plan": {"bucket_mib": 1e-3}})
@@ -70,7 +73,7 @@ def cases(size: int) -> Iterator[Case]:
     yield Case("fifty steps", even, SHARD0, steps=50)
     if size == 4:
         for plan in ("auto", "owner", "gather", {"strategy": "owner", "across_latency": 0, "across_bandwidth": 1e15}):
-            placements = [Replicate(), Shard(0)]
+            placements: list[Placement] = [Replicate(), Shard(0)]
             yield Case(f"hsdp {plan}", uneven, placements, {"plan": plan}, mesh=(2, 2))
             yield Case(f"two cuts {plan}", uneven, [Shard(0), Shard(0)], {"plan": plan}, mesh=(2, 2))
             yield Case(f"both sides {plan}", uneven, [Shard(0), Shard(1)], {"plan": plan}, mesh=(2, 2))
@@ -202,7 +205,12 @@ def skipped_steps(size: int) -> dict[str, Any]:
 def tensors(optimizer: M3) -> list[Tensor]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = [p.detach() for p in parameters] + [t for p in parameters for t in optimizer.state[p].values()]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in found]
+    return [piece(t) for t in found]
+
+
+def piece(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradients_on_some_ranks(size: int) -> dict[str, Any]:
@@ -213,15 +221,15 @@ def gradients_on_some_ranks(size: int) -> dict[str, Any]:
     optimizer = optimizer_of(parameters, config)
     parameters[0].grad = distribute_tensor(normal(TALL, 5), mesh, SHARD0)
     parameters[1].grad = None if dist.get_rank() == 0 else distribute_tensor_alone(normal(TALL, 6), mesh)
-    before = [p.detach().to_local().clone() for p in parameters]
+    before = [piece(p).clone() for p in parameters]
     optimizer.step()
-    return {"moved": [not torch.equal(p.detach().to_local(), b) for p, b in zip(parameters, before, strict=True)]}
+    return {"moved": [not torch.equal(piece(p), b) for p, b in zip(parameters, before, strict=True)]}
 
 
 def distribute_tensor_alone(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """A sharded tensor made without talking to other ranks."""
-    piece = tensor.chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
-    return DTensor.from_local(piece, mesh, SHARD0, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    local = tensor.chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
+    return DTensor.from_local(local, mesh, SHARD0, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def disagreement(size: int) -> str:
@@ -256,3 +264,4 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hopescale.optim.exchange import Exchange
-from hopescale.optim.newton_schulz import Coefficients, polynomial, segments
+from hopescale.optim.newton_schulz import Coefficients, gram_matrix, polynomial, segments
 
 from .work import Task, Work
 
@@ -61,7 +61,7 @@ class _Pieces:
         """Matrix -> upper triangle of X X^T of this rank's piece."""
         found: dict[int, Tensor] = {}
         for numbers, x in self.by_parameter:
-            packed = pack_triangle(x @ x.mT)
+            packed = pack_triangle(gram_matrix(x))
             found |= dict(zip(numbers, packed, strict=True))
         return found
 

@@ -1,0 +1,86 @@
+"""Who orthogonalises what on ranks you do not have: the optimizer's planner on the layouts that FSDP2 would make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+
+from hopescale.config.schema import Config
+from hopescale.model.build import build_predictor
+from hopescale.optim.orthogonaliser import with_precision
+from hopescale.optim.planner import PlanName, Schedule, costs_of, make_schedule
+from hopescale.optim.routing import parameter_groups
+from hopescale.optim.schedule_table import bucket_figures, figures_of, schedule_table, table_row
+from hopescale.optim.schema import OptimizerConfig
+from hopescale.optim.shard_map import Layout, Team, sharded
+from hopescale.parallel.fsdp import shard_dim
+
+EXACT_PLANS: tuple[PlanName, ...] = tuple(plan for plan in get_args(PlanName) if plan != "block_periodic")
+
+
+def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[str, Any], str]:
+    """Newton-Schulz of one step in which all m3 groups fire; of CUDA devices unless parallel.device=cpu.
+
+    Args:
+        config: of the run.
+        shards: ranks that one copy of the model is sharded over.
+        copies: of the sharded model.
+
+    Returns:
+        Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; and `others`,
+        the totals of every other plan for all matrices, or why it cannot be used.
+    """
+    device = torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
+    layouts, team = m3_layouts(config, shards), Team.of_shards(shards, copies)
+    if not layouts:
+        return {"matrices": 0}, "Newton-Schulz: no group has algorithm m3"
+    schedule = schedule_for(layouts, team, config.optimizer, device)
+    lines = [schedule_table(schedule)]
+    others: dict[str, Any] = {}
+    for plan in EXACT_PLANS if team.size > 1 else ():
+        try:
+            others[plan] = figures_of(schedule_for(layouts, team, forced(config.optimizer, plan), device))
+            lines.append(table_row(f"all {plan}", others[plan]))
+        except ValueError as error:
+            others[plan] = str(error)
+            lines.append(f"  all {plan:<12} cannot: " + str(error).removeprefix("optimizer.plan.").split(", but")[0])
+    figures = {
+        "ranks": {"shards": shards, "copies": copies},
+        "precision": schedule.newton_schulz.precision,
+        "costs": {"device": device.type, **schedule.costs._asdict()},
+        "buckets": bucket_figures(schedule),
+        "total": figures_of(schedule),
+        "others": others,
+    }
+    return figures, "\n".join(lines)
+
+
+def forced(config: OptimizerConfig, plan: PlanName) -> OptimizerConfig:
+    """The same with one plan for all matrices."""
+    return config.model_copy(update={"plan": config.plan.model_copy(update={"strategy": plan, "block_period": None})})
+
+
+def m3_layouts(config: Config, shards: int) -> list[Layout]:
+    """Layouts of all parameters in m3 groups, sharded as FSDP2 would."""
+    with torch.device("meta"):
+        predictor = build_predictor(config.model)
+    groups = parameter_groups(predictor.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
+    matrices = [
+        (name, tuple(parameter.shape))
+        for group in groups
+        if group["algorithm"] == "m3"
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    ]
+    return [sharded(name, shape, [(shard_dim(shape, shards), shards)]) for name, shape in matrices]
+
+
+def schedule_for(layouts: Sequence[Layout], team: Team, config: OptimizerConfig, device: torch.device) -> Schedule:
+    """The schedule of all of them together.
+
+    Raises:
+        ValueError: the strategy cannot be used on some parameter.
+    """
+    newton_schulz, costs = with_precision(config.newton_schulz, device), costs_of(config.plan, device.type)
+    return make_schedule(layouts, range(len(layouts)), team, newton_schulz, config.plan, costs)
