@@ -13,7 +13,7 @@ def adamw_step(
     gradients: list[Tensor],
     first: list[Tensor],
     second: list[Tensor],
-    steps: Sequence[int],
+    steps: Sequence[float],
     *,
     lr: float,
     weight_decay: float,

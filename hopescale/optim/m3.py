@@ -235,6 +235,8 @@ class M3(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         for state in states:
             state["step"] += 1
+        # They live on the host, so reading them waits for no device.
+        steps = torch.stack([state["step"] for state in states]).tolist() if states else []
         for numbers in firing.parts_to_move():
             weights = [local(firing.parameters[n]) for n in numbers]
             with firing.measuring(weights):
@@ -243,7 +245,7 @@ class M3(torch.optim.Optimizer):
                     [firing.gradients[n] for n in numbers],
                     [local(states[n]["exp_avg"]) for n in numbers],
                     [local(states[n]["exp_avg_sq"]) for n in numbers],
-                    [int(states[n]["step"]) for n in numbers],
+                    [steps[n] for n in numbers],
                     lr=group["lr"],
                     weight_decay=group["weight_decay"],
                     beta1=beta1,

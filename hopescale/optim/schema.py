@@ -276,7 +276,7 @@ class OptimizerConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> OptimizerConfig:
         periods = [level.period for level in self.levels]
-        given = self.model_fields_set
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
         rules = {
             f"levels[0].period={periods[0]} must be 1: the fastest level steps every step": periods[0] != 1,
             f"buffers=cascaded needs periods that divide each other in order; levels have {periods}": (
@@ -288,9 +288,9 @@ class OptimizerConfig(BaseModel):
             f"slow_levels=offloaded needs a level with a period above 1; levels have {periods}": (
                 self.slow_levels == "offloaded" and max(periods) == 1
             ),
-            "paper_form is only used with form=paper": self.form == "levels" and "paper_form" in given,
-            f"form=paper does not use {', '.join(sorted(given & OF_LEVELS))}; leave them out": (
-                self.form == "paper" and bool(given & OF_LEVELS)
+            "paper_form is only used with form=paper": self.form == "levels" and "paper_form" in changed,
+            f"form=paper does not use {', '.join(sorted(changed & OF_LEVELS))}; leave them out": (
+                self.form == "paper" and bool(changed & OF_LEVELS)
             ),
             "plan.gram_wire=bf16 needs newton_schulz.restart of 1 to 3: without, a rounded Gram matrix blows up": (
                 self.plan.gram_wire == "bf16" and not 1 <= self.newton_schulz.restart <= 3

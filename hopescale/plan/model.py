@@ -59,7 +59,9 @@ def _groups(config: Config) -> list[dict[str, Any]]:
     optimizer, rows = M3(groups, config.optimizer), []
     for group in optimizer.param_groups:
         numbers = sum(p.numel() for p in group["params"])
-        state = sum(t.nbytes for p in group["params"] for t in optimizer.state[p].values())
+        # AdamW's step counts stay on the host.
+        kept = (state.items() for state in (optimizer.state[p] for p in group["params"]))
+        state = sum(tensor.nbytes for items in kept for name, tensor in items if name != "step")
         rows.append(
             {
                 "name": group["name"],

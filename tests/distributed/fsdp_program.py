@@ -44,6 +44,7 @@ OVERRIDES = [
     "train.micro_batch=2",
     f"train.steps={NUM_STEPS}",
     "optimizer.lr=1e-3",
+    "optimizer.newton_schulz.precision=fp32",
     "optimizer.levels=[{period: 1, eta: 0.9, theta: 0.1},{period: 2, eta: 0.9, theta: 0.1}]",
 ]
 

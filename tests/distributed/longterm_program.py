@@ -39,6 +39,7 @@ OVERRIDES = [
     f"train.global_batch={GLOBAL_BATCH}",
     "train.micro_batch=2",
     "optimizer.lr=1e-3",
+    "optimizer.newton_schulz.precision=fp32",
     # A rate at which what is carried over matters after a few steps.
     "model.longterm={hidden_multiplier: 1.5, ema: 0.3, gate: retrieval}",
 ]

@@ -38,10 +38,13 @@ class Model(nn.Module):
         self.scale = nn.Parameter(torch.randn(1, generator=drawn))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A number that depends on every parameter: x [12]."""
-        hidden = torch.tanh(self.tall @ x) @ self.wide.T
-        hidden = hidden.sum() + torch.tanh(self.uneven).sum() + (self.stack.sin() ** 2).sum()
-        return (hidden * self.scale + self.vector.square().sum()).sum()
+        """A number with gradients of full rank in every matrix: x [32, 12].
+
+        Newton-Schulz lifts the directions that a gradient leaves out, and with them rounding.
+        """
+        hidden = torch.tanh(0.3 * x @ self.tall.T) @ self.wide.T
+        matrices = hidden.square().mean() + self.uneven.sin().mean() + self.stack.sin().mean()
+        return (matrices * self.scale + self.vector.square().mean()).sum()
 
 
 def build(mesh_shape: list[int]) -> tuple[Model, M3]:
@@ -64,7 +67,7 @@ def build(mesh_shape: list[int]) -> tuple[Model, M3]:
 def train(model: Model, optimizer: M3, first: int, count: int) -> None:
     """Steps on the same numbers on every rank, so that any number of ranks has the same gradient."""
     for step in range(first, first + count):
-        loss = model(torch.randn(12, generator=torch.Generator().manual_seed(100 + step)))
+        loss = model(torch.randn(32, 12, generator=torch.Generator().manual_seed(100 + step)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

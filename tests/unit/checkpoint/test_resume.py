@@ -97,6 +97,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("parallel.recompute", "none"),
         ("checkpoint.every", 7),
         ("data.path", "elsewhere"),
+        ("optimizer.plan.strategy", "gather"),
+        ("optimizer.plan.bucket_mib", 3.0),
     ],
 )
 def test_what_does_not_shape_the_curve_may_change(path: str, value: Any) -> None:
@@ -111,6 +113,8 @@ def test_what_does_not_shape_the_curve_may_change(path: str, value: Any) -> None
         ("model.memory.heads", 2),
         ("model.block_pattern", ["H"]),
         ("optimizer.lr", 1.0),
+        ("optimizer.plan.strategy", "block_periodic"),
+        ("optimizer.plan.gram_wire", "bf16"),
         ("optimizer.groups.titan.lr_scale", 0.5),
         ("objective.loss", "l2"),
         ("data.view", ["base"]),

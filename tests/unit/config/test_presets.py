@@ -8,6 +8,7 @@ import torch
 from hopescale.config.compose import configs_folder, load_config
 from hopescale.model.build import build_predictor
 from hopescale.model.counts import parameter_count
+from hopescale.optim.routing import parameter_groups
 from tests.presets import PARAMETERS
 
 
@@ -41,9 +42,16 @@ def test_the_published_recipe_comes_through_inheritance() -> None:
     assert warm_up == pytest.approx([3e-5, 5e-5, 5e-5, 7.5e-5], rel=1e-4)
     assert {c.optimizer.groups.titan.weight_decay for c in (one, three, five, eight)} == {0.005}
     assert {group.algorithm for c in (one, three, five, eight) for _, group in c.optimizer.groups} == {"adamw"}
-    muon = load_config(["experiment=phase4"]).optimizer
+    phase4 = load_config(["experiment=phase4"])
+    muon = phase4.optimizer
     assert ([level.eta for level in muon.levels], muon.groups.cms.algorithm, muon.groups.titan.algorithm) == (
         [0.95],
         "m3",
         "adamw",
     )
+    with torch.device("meta"):
+        groups = parameter_groups(build_predictor(phase4.model).named_parameters(), muon)
+    numbers = dict.fromkeys(("m3", "adamw"), 0)
+    for group in groups:
+        numbers[group["algorithm"]] += sum(p.numel() for p in group["params"])
+    assert numbers == {"m3": 12_926_976, "adamw": 29_957_824}

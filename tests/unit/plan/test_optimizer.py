@@ -1,0 +1,86 @@
+"""Newton-Schulz planned for ranks that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hopescale.cli import app
+from hopescale.config.compose import load_config
+from hopescale.optim.planner import PlanName, costs_of
+from hopescale.optim.shard_map import Team
+from hopescale.plan.optimizer import EXACT_PLANS, forced, m3_layouts, plan_optimizer, schedule_for
+
+SMALL = ["experiment=demo", "model.width=48", "model.block_pattern=[S,H]"]
+
+
+def test_every_matrix_of_the_m3_groups_is_planned_once() -> None:
+    config = load_config(["experiment=phase4"])
+    figures, _ = plan_optimizer(config, 4)
+    # Of each of five blocks 6 CMS and 2 projection matrices; the predictor's last one.
+    assert sum(bucket["matrices"] for bucket in figures["buckets"]) == figures["total"]["matrices"] == 41
+    assert figures["total"]["bytes_sent"] <= sum(bucket["bytes_sent"] for bucket in figures["buckets"])
+
+
+def test_exact_plans_that_can_be_used_are_compared() -> None:
+    figures, text = plan_optimizer(load_config([*SMALL, "parallel.device=cpu"]), 2)
+    assert set(figures["others"]) == set(EXACT_PLANS)
+    assert figures["others"]["owner"]["seconds"] >= figures["total"]["seconds"]
+    assert figures["others"]["gather"]["flops_of_all_ranks"] == pytest.approx(
+        2 * figures["others"]["owner"]["flops_of_all_ranks"]
+    )
+    assert "needs every matrix whole" in figures["others"]["local"]
+    assert [line for line in text.splitlines() if line.strip().startswith("all local") and "cannot" in line]
+
+
+def test_copies_share_the_work_where_that_is_faster() -> None:
+    quick, slow = (
+        load_config(["experiment=phase4", f"optimizer.plan.across_bandwidth={bandwidth}", "optimizer.plan.flops=1e10"])
+        for bandwidth in (1e13, 1e3)
+    )
+    shared, repeated = (plan_optimizer(config, 2, 4)[0]["total"] for config in (quick, slow))
+    assert shared["flops_of_all_ranks"] * 4 == pytest.approx(repeated["flops_of_all_ranks"])
+    assert shared["flops"] < repeated["flops"] / 3
+
+
+def test_one_rank_has_nothing_to_send() -> None:
+    figures, text = plan_optimizer(load_config(SMALL), 1)
+    assert [bucket["plan"] for bucket in figures["buckets"]] == ["local"]
+    assert (figures["total"]["exchanges"], figures["total"]["bytes_sent"], figures["others"]) == (0, 0, {})
+    assert "local" in text
+
+
+def test_a_configuration_without_m3_says_so() -> None:
+    figures, text = plan_optimizer(load_config([*SMALL, "optimizer=adamw"]), 8)
+    assert figures == {"matrices": 0}
+    assert "no group has algorithm m3" in text
+
+
+def test_layouts_are_those_of_fsdp() -> None:
+    config = load_config(SMALL)
+    for layout in m3_layouts(config, 4):
+        longer = "rows" if layout.rows >= layout.columns else "columns"
+        assert layout.cut_side in (longer, None if layout.rows != layout.columns else "columns")
+
+
+def test_the_cost_model_can_be_overridden() -> None:
+    config = load_config([*SMALL, "optimizer.plan.latency=0.5", "optimizer.plan.flops=1.0e6"])
+    costs = costs_of(config.optimizer.plan, "cuda")
+    assert (costs.latency, costs.flops) == (0.5, 1e6)
+    assert costs.bandwidth == costs_of(load_config(SMALL).optimizer.plan, "cuda").bandwidth
+
+
+@pytest.mark.parametrize("plan", ["owner", "gram", "gather"])
+def test_a_forced_plan_is_taken_for_all_matrices(plan: PlanName) -> None:
+    config = load_config(["experiment=phase4"])
+    schedule = schedule_for(
+        m3_layouts(config, 2), Team.of_shards(2), forced(config.optimizer, plan), torch.device("cuda")
+    )
+    assert {bucket.plan for bucket in schedule.buckets} == {plan}
+
+
+def test_the_command_prints_the_schedule() -> None:
+    runner = CliRunner()
+    assert "owner" in runner.invoke(app, ["plan", "experiment=phase4", "--shards", "8", "--copies", "2"]).stdout
+    assert runner.invoke(app, ["plan", "experiment=phase4", "--shards", "0"]).exit_code == 2
