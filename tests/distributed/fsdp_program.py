@@ -144,7 +144,8 @@ def main(out: Path, optimizer_file: str) -> None:
             "state_sharded": all(
                 isinstance(p, DTensor) and isinstance(t, DTensor) and t.placements == p.placements
                 for p in parameters
-                for t in optimizer.state[p].values()
+                for key, t in optimizer.state[p].items()
+                if key != "step"
             ),
             "local_share": sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
             / sum(p.numel() for p in parameters),
