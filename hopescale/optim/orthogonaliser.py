@@ -52,7 +52,8 @@ class Orthogonaliser:
         self.layouts, self.team, self.config, self.device, self.group = layouts, team, config, device, group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.newton_schulz = with_precision(config.newton_schulz, device)
-        self._schedules: dict[tuple[tuple[int, ...], bool], list[Work]] = {}
+        self._made: dict[tuple[tuple[int, ...], bool], Schedule] = {}
+        self._agreed: dict[tuple[tuple[int, ...], bool], list[Work]] = {}
         self.schedule(range(len(layouts)), exact=True)
         if config.plan.strategy == "block_periodic":
             self.schedule(range(len(layouts)), exact=False)
@@ -64,11 +65,14 @@ class Orthogonaliser:
 
     def schedule(self, members: Sequence[int], *, exact: bool) -> Schedule:
         """Who does what for some of the parameters; pure, and the same on every rank."""
-        plan = self.config.plan
-        if exact and plan.strategy == "block_periodic":
-            plan = plan.model_copy(update={"strategy": "auto", "block_period": None})
-        costs = costs_of(plan, self.device.type)
-        return make_schedule(self.layouts, members, self.team, self.newton_schulz, plan, costs)
+        key = (tuple(members), exact)
+        if key not in self._made:
+            plan = self.config.plan
+            if exact and plan.strategy == "block_periodic":
+                plan = plan.model_copy(update={"strategy": "auto", "block_period": None})
+            costs = costs_of(plan, self.device.type)
+            self._made[key] = make_schedule(self.layouts, members, self.team, self.newton_schulz, plan, costs)
+        return self._made[key]
 
     def tasks(self, members: Sequence[int], directions: Mapping[int, Tensor], *, exact: bool = True) -> list[Turns]:
         """One task a bucket, for `take_turns`.
@@ -82,13 +86,13 @@ class Orthogonaliser:
             RuntimeError: the ranks do not agree on the schedule; told when it is first used.
         """
         key = (tuple(members), exact)
-        if key not in self._schedules:
+        if key not in self._agreed:
             schedule = self.schedule(members, exact=exact)
             agree(schedule, self.group, self.device)
-            self._schedules[key] = [Work(schedule, bucket, self.rank, self.group) for bucket in schedule.buckets]
+            self._agreed[key] = [Work(schedule, bucket, self.rank, self.group) for bucket in schedule.buckets]
         return [
             self._plan(work.bucket.plan)(work, [directions[member] for member in work.bucket.members])
-            for work in self._schedules[key]
+            for work in self._agreed[key]
         ]
 
     def _plan(self, plan: PlanName) -> Callable[[Work, list[Tensor]], Task]:
