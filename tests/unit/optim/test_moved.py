@@ -84,3 +84,43 @@ def test_nothing_is_measured_unasked_or_without_gradients() -> None:
     optimizer.zero_grad()
     optimizer.step(report_in=0)
     assert optimizer.moved == [None, None]
+
+
+def test_a_step_that_is_not_taken_is_not_measured() -> None:
+    optimizer = M3(groups(), OptimizerConfig())
+    give_gradients(optimizer, 0)
+    optimizer.step(report_in=0)
+    optimizer.step(finite=False, report_in=0)
+    assert optimizer.moved == [None, None]
+
+
+def test_a_group_without_any_gradient_is_not_measured_and_the_others_are() -> None:
+    optimizer = M3(groups(), OptimizerConfig())
+    give_gradients(optimizer, 0)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = None
+    optimizer.step(report_in=0)
+    assert [move is None for move in optimizer.moved] == [True, False]
+
+
+def test_a_slow_group_that_fires_without_gradients_is_measured() -> None:
+    optimizer = M3(groups(period=2), OptimizerConfig())
+    give_gradients(optimizer, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step(report_in=0)
+    move = optimizer.moved[1]
+    assert move is not None
+    assert move.change > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_that_moves_nothing_measures_nothing(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(normal(8, 8).to(dtype))
+    optimizer = M3([{"params": [parameter], "algorithm": "m3", "lr": 1e-3, "weight_decay": 0.0}], OptimizerConfig())
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(report_in=0)
+    (move,) = optimizer.moved
+    assert move is not None
+    assert move.change == 0
+    torch.testing.assert_close(move.before, parameter.detach().double().square().sum())

@@ -143,19 +143,40 @@ def test_sums_of_bf16_gradients_keep_what_bf16_would_lose() -> None:
 
 
 @pytest.mark.parametrize("algorithm", SHAPES)
-def test_a_parameter_without_gradient_keeps_what_waits_for_the_next_firing(algorithm: str) -> None:
+@pytest.mark.parametrize("form", ["levels", "paper"])
+def test_a_parameter_without_gradient_counts_as_one_of_zeros(algorithm: str, form: str) -> None:
+    """Whether the gradient is missing at a firing, before it, or always: what waits fires, and decay comes."""
+    settings_ = config() if form == "levels" else OptimizerConfig(form="paper")
+    given = [(1, None), (None, 2), (None, None), (3, 4), (None, 5)]
+    missing, zero = (nn.Parameter(normal(8, 8)) for _ in range(2))
+    optimizers = [
+        M3([{"params": [p], "algorithm": algorithm, "period": 2, "lr": 0.1}], settings_) for p in (missing, zero)
+    ]
+    for seeds in given:
+        before = missing.detach().clone()
+        for seed in seeds:
+            missing.grad = None if seed is None else normal(8, 8, seed=seed)
+            zero.grad = torch.zeros(8, 8) if seed is None else normal(8, 8, seed=seed)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert not torch.equal(missing, before)
+        assert torch.equal(missing, zero)
+        states = [optimizer.state[p] for optimizer, p in zip(optimizers, (missing, zero), strict=True)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not states[0]["period_sum"].any()
+
+
+def test_what_waits_fires_though_the_gradient_of_the_firing_step_is_missing() -> None:
     parameter = nn.Parameter(normal(8, 8))
-    optimizer = M3([{"params": [parameter], "algorithm": algorithm, "period": 2, "lr": 0.1}], config())
-    for gradient in (normal(8, 8, seed=1), None):
+    optimizer = M3([{"params": [parameter], "algorithm": "m3", "period": 3, "lr": 0.1, "weight_decay": 0.0}], config())
+    for gradient in (normal(8, 8, seed=1), None, None):
+        assert torch.equal(parameter, normal(8, 8))
         parameter.grad = gradient
         optimizer.step()
-    assert torch.equal(parameter, normal(8, 8))
-    assert torch.equal(optimizer.state[parameter]["period_sum"], normal(8, 8, seed=1))
-    for seed in (2, 3):
-        parameter.grad = normal(8, 8, seed=seed)
-        optimizer.step()
-    assert not torch.equal(parameter, normal(8, 8))
-    assert not optimizer.state[parameter]["period_sum"].any()
+    plain = nn.Parameter(normal(8, 8))
+    plain.grad = normal(8, 8, seed=1)
+    M3([{"params": [plain], "algorithm": "m3", "lr": 0.1, "weight_decay": 0.0}], config()).step()
+    assert torch.equal(parameter, plain)
 
 
 def test_gradients_are_left_as_they_are_by_a_firing() -> None:
@@ -167,7 +188,31 @@ def test_gradients_are_left_as_they_are_by_a_firing() -> None:
         assert torch.equal(parameter.grad, normal(8, 8, seed=seed))
 
 
-def test_a_period_below_1_is_refused() -> None:
-    group = {"name": "cms", "params": [nn.Parameter(normal(8, 8))], "algorithm": "m3", "period": 0}
-    with pytest.raises(ValueError, match="group cms has period 0"):
-        M3([group], config())
+def test_groups_of_several_periods_fire_each_in_its_own_time() -> None:
+    parameters = [nn.Parameter(normal(8, 8)) for _ in range(4)]
+    groups = [{"params": [p], "algorithm": "m3", "period": n + 1, "lr": 0.1} for n, p in enumerate(parameters)]
+    optimizer = M3(groups, config())
+    fired: list[list[int]] = [[] for _ in parameters]
+    for step in range(1, 13):
+        before = [p.detach().clone() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = normal(8, 8, seed=step)
+        optimizer.step()
+        for number, (old, parameter) in enumerate(zip(before, parameters, strict=True)):
+            if not torch.equal(old, parameter):
+                fired[number].append(step)
+    assert fired == [list(range(period, 13, period)) for period in (1, 2, 3, 4)]
+
+
+def test_a_step_that_is_not_taken_does_not_bring_a_firing_nearer() -> None:
+    slow = Trained(config(), "m3", 3)
+    start = slow.weights()
+    for step in range(2):
+        slow.step(gradients(step, "m3"), 0.01)
+    waiting = [tensor.clone() for tensor in slow.sums()]
+    slow.step([gradient * float("nan") for gradient in gradients(2, "m3")], 0.01)
+    assert slow.optimizer.skipped
+    assert equal(slow.weights(), start)
+    assert equal(slow.sums(), waiting)
+    slow.step(gradients(3, "m3"), 0.01)
+    assert not equal(slow.weights(), start)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hopescale.config.compose import load_config
 from hopescale.model.predictor import HopePredictor
 from hopescale.model.schema import ModelConfig
 from hopescale.optim.m3 import M3
@@ -74,6 +76,9 @@ def test_every_parameter_goes_where_its_kind_belongs() -> None:
         ((64, SHORTEST_SIDE - 1), "embeddings"),
         ((3, 64, SHORTEST_SIDE), "projections"),
         ((64, 64, 2), "embeddings"),
+        ((1, 4096), "embeddings"),
+        ((4096, 1), "embeddings"),
+        ((2, 3), "embeddings"),
     ],
 )
 def test_matrices_with_a_short_side_are_not_orthogonalised(shape: tuple[int, ...], group: str) -> None:
@@ -118,6 +123,76 @@ def test_groups_carry_their_own_rate_and_decay() -> None:
     assert (by_name["cms"]["lr"], by_name["cms"]["weight_decay"]) == (0.1, 0.04)
     assert by_name["vectors"]["weight_decay"] == 0.0
     assert by_name["cms"]["algorithm"] == "adamw"
+
+
+def test_groups_carry_their_own_betas_or_those_of_adam() -> None:
+    settings = {
+        "adam": {"beta1": 0.8, "beta2": 0.9},
+        "groups": {"titan": {"beta1": 0.5}, "vectors": {"beta2": 0.6}, "embeddings": {"beta1": 0.0, "beta2": 0.1}},
+    }
+    by_name = {g["name"]: g["betas"] for g in groups(settings)}
+    assert by_name == {
+        "titan": (0.5, 0.9),
+        "vectors": (0.8, 0.6),
+        "embeddings": (0.0, 0.1),
+        **dict.fromkeys(["cms", "attention", "projections"], (0.8, 0.9)),
+    }
+    config = OptimizerConfig.model_validate(settings)
+    optimizer = M3(parameter_groups(predictor().named_parameters(), config), config)
+    assert {g["name"]: g["betas"] for g in optimizer.param_groups} == by_name
+
+
+def test_short_matrices_of_a_group_by_adamw_stay_in_it() -> None:
+    config = OptimizerConfig.model_validate({"groups": {"projections": {"algorithm": "adamw"}}})
+    (found,) = route([("embed.weight", torch.empty(2, 64))], config)
+    assert found.group == "projections"
+
+
+def routes_of(*rules: tuple[str, str]) -> dict[str, Any]:
+    return {"routes": [{"pattern": pattern, "group": group} for pattern, group in rules]}
+
+
+def test_rules_of_the_configuration_come_before_the_built_in_ones_first_match_first() -> None:
+    config = OptimizerConfig.model_validate(
+        routes_of(("embed.weight", "embeddings"), ("*.fc1.weight", "titan"), ("blocks.1.*", "vectors"))
+    )
+    usual = {r.name: r.group for r in route(predictor().named_parameters(), OptimizerConfig())}
+    found = {r.name: r.group for r in route(predictor().named_parameters(), config)}
+    assert found["embed.weight"] == "embeddings"
+    for name, group in found.items():
+        if name.endswith(".fc1.weight"):
+            assert group == "titan"
+        elif name.startswith("blocks.1."):
+            assert group == "vectors"
+        elif name != "embed.weight":
+            assert group == usual[name]
+
+
+def test_a_short_matrix_is_not_orthogonalised_whatever_the_configuration_says() -> None:
+    config = OptimizerConfig.model_validate(routes_of(("*", "cms")))
+    (found,) = route([("blocks.0.gate", torch.empty(2, 64))], config)
+    assert found.group == "embeddings"
+
+
+def test_rules_of_the_configuration_that_no_parameter_is_left_for_are_refused() -> None:
+    for rules, unused in (
+        ([("blocks.9.*", "titan")], "blocks.9.*"),
+        ([("blocks.1.*", "titan"), ("blocks.1.cms.*", "cms")], "blocks.1.cms.*"),
+    ):
+        config = OptimizerConfig.model_validate(routes_of(*rules))
+        with pytest.raises(ValueError, match=rf"optimizer\.routes .*{re.escape(unused)}; drop them"):
+            route(predictor().named_parameters(), config)
+
+
+def test_the_split_of_phase_4_is_the_published_one() -> None:
+    config = load_config(["experiment=phase4"])
+    with torch.device("meta"):
+        model = HopePredictor(config.model)
+    numbers: dict[str, int] = {}
+    for group in parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods):
+        numbers[group["algorithm"]] = numbers.get(group["algorithm"], 0) + sum(p.numel() for p in group["params"])
+    assert {algorithm: round(number / 1e6, 1) for algorithm, number in numbers.items()} == {"m3": 12.9, "adamw": 30.0}
+    assert sum(numbers.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_group_given_in_part_keeps_its_own_defaults_for_the_rest() -> None:
