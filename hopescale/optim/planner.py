@@ -7,8 +7,8 @@ Plans, by what travels (b bytes a number, r x c the matrix, m = min(r, c), W slo
     local           every matrix is whole on its rank: nothing
     owner           pieces to the owner, updates back: 2 b r c (W-1)/W a matrix, in two exchanges a bucket
     replicated      whole matrices held R times are computed once: b r c (R-1), in one
-    gram            upper triangles of partial Gram matrices to the owner, of its polynomial back: m (m+1)/2 numbers
-                    from and to every slot but the owner's, in two exchanges (two more for each restart)
+    gram            upper triangles of partial Gram matrices to the owner, of its polynomial back: m (m+1)/2 + 1
+                    numbers from and to every slot but the owner's, in two exchanges (two more for each restart)
     gather          every piece to every rank, which computes everything: b r c (W-1), in one; the oracle
     block_periodic  nothing; each rank orthogonalises its own piece, which is another optimizer
 """
@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import product
 from typing import Literal, NamedTuple
 
-from .newton_schulz import flops, takes_gram_form
+from .newton_schulz import flops, num_segments, takes_gram_form
 from .schema import NewtonSchulzConfig, PlanConfig
 from .shard_map import Layout, Team
 
@@ -126,8 +126,7 @@ class Schedule:
 
     @property
     def _gram_rounds(self) -> int:
-        size = self.newton_schulz.restart or self.newton_schulz.steps
-        return -(-self.newton_schulz.steps // size)
+        return num_segments(self.newton_schulz.steps, self.newton_schulz.restart)
 
     @cached_property
     def traffic(self) -> tuple[tuple[Traffic, ...], ...]:
@@ -152,8 +151,8 @@ class Schedule:
         size = layout.sizes[slot][matrix]
         if bucket.plan != "gram":
             return size * self.wire_bytes
-        short = min(layout.rows, layout.columns)
-        return short * (short + 1) // 2 * (2 if self.config.gram_wire == "bf16" else 4) if size else 0
+        number = 2 if self.config.gram_wire == "bf16" else 4
+        return message_size(min(layout.rows, layout.columns)) * number if size else 0
 
     def _to_workers(self, bucket: Bucket) -> Traffic:
         sent = Traffic([0] * self.team.size, [0] * self.team.size)
@@ -225,6 +224,11 @@ class Schedule:
             + max(sum(sent.inside[rank] for sent in exchanges) for rank in ranks) / costs.bandwidth
             + max(sum(sent.across[rank] for sent in exchanges) for rank in ranks) / costs.across_bandwidth
         )
+
+
+def message_size(short: int) -> int:
+    """Numbers of what the Gram plan sends about a matrix: a triangle, and the exponent of the scale of its piece."""
+    return short * (short + 1) // 2 + 1
 
 
 def work(plan: PlanName, layout: Layout, config: NewtonSchulzConfig) -> int:
@@ -301,8 +305,8 @@ def _prefers_gram(layout: Layout, team: Team, newton_schulz: NewtonSchulzConfig,
     if newton_schulz.precision == "bf16" or not takes_gram_form(short, long) or layout.cut_side is None:
         return False
     number = 2 if config.gram_wire == "bf16" else 4
-    rounds = -(-newton_schulz.steps // (newton_schulz.restart or newton_schulz.steps))
-    return rounds * team.num_slots * short * (short + 1) // 2 * number < 4 * short * long
+    rounds = num_segments(newton_schulz.steps, newton_schulz.restart)
+    return rounds * team.num_slots * message_size(short) * number < 4 * short * long
 
 
 def _check_forced(plan: PlanName, layouts: Sequence[Layout], members: Sequence[int], team: Team) -> None:

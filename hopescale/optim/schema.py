@@ -41,7 +41,7 @@ class NewtonSchulzConfig(BaseModel):
     """Of its matrix products: bf16 errs by 1e-2 and is several times faster where the device multiplies bf16 itself
     (CUDA, CPUs with AVX-512 BF16 or AMX), which is where auto takes it; fp32 gives the same on every machine."""
     restart: Annotated[int, Field(ge=0, le=20)] = 0
-    """In the Gram form, iterations after which the Gram matrix is computed anew; 0 for never, which fp32 allows."""
+    """In the Gram form, iterations after which the Gram matrix is computed anew; 0 for 5, which fp32 allows."""
 
 
 class PlanConfig(BaseModel):

@@ -1,4 +1,7 @@
-"""Products of which is known that they are symmetric, at two thirds of the operations."""
+"""Products of which is known that they are symmetric, at two thirds of the operations.
+
+For Gram matrices and their polynomials in the plain form. Inside the Gram form it costs accuracy: see `polynomial`.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hopescale.optim.exchange import Exchange
 from hopescale.optim.newton_schulz import Coefficients, gram_matrix, polynomial, segments
+from hopescale.optim.planner import message_size
 
 from .work import Task, Work
 
@@ -27,90 +28,136 @@ def orthogonalise_by_gram(work: Work, locals_: list[Tensor]) -> Task:
     wire = torch.bfloat16 if work.schedule.config.gram_wire == "bf16" else torch.float32
     pieces = _Pieces(work, locals_)
     for number, part in enumerate(segments(work.steps, work.restart)):
-        triangles = pieces.gram_triangles()
-        parts = [[triangles[n] for n in peer] for peer in work.to_workers]
-        received = [sum(_triangle_size(work, n) for n in peer) for peer in work.from_holders]
-        grams = Exchange(work.group, parts, received, wire, device)
-        del triangles
+        first = number == 0
+        grams = _exchange(work, pieces.grams(scaled=first), work.to_workers, work.from_holders, wire, device)
         yield
-        polynomials = _polynomials(work, _summed(work, grams.wait()), part, scale=number == 0)
-        parts = [[polynomials[n] for n in peer] for peer in work.to_holders]
-        received = [sum(_triangle_size(work, n) for n in peer) for peer in work.from_workers]
-        answers = Exchange(work.group, parts, received, wire, device)
+        polynomials = _polynomials(work, _summed(work, grams.wait()), part, scaled=first)
+        del grams
+        answers = _exchange(work, polynomials, work.to_holders, work.from_workers, wire, device)
         del polynomials
         yield
         pieces.multiply(_by_matrix(work, answers.wait()))
+        del answers
+
+
+def _exchange(
+    work: Work,
+    messages: dict[int, Tensor],
+    sent: list[list[int]],
+    received: list[list[int]],
+    wire: torch.dtype,
+    device: torch.device,
+) -> Exchange:
+    parts = [[messages[n] for n in peer] for peer in sent]
+    return Exchange(work.group, parts, [sum(_size(work, n) for n in peer) for peer in received], wire, device)
+
+
+def _size(work: Work, number: int) -> int:
+    """Numbers of a message about one matrix: a triangle, and the power of two that it is scaled by."""
+    return message_size(min(work.layout(number).rows, work.layout(number).columns))
 
 
 class _Pieces:
     """This rank's pieces of the matrices of a bucket, in its flat local tensors."""
 
     def __init__(self, work: Work, locals_: list[Tensor]) -> None:
-        self.work = work
-        self.by_parameter: list[tuple[list[int], Tensor]] = []
-        """Numbers of the matrices that this rank holds something of -> their pieces [matrices, short, long]."""
+        self.batches: list[tuple[list[int], Tensor]] = []
+        """Numbers of matrices -> their pieces [matrices, short, long], in place; a batch has pieces of one size that
+        lie one after the other."""
         for position, matrices in groupby(range(len(work.bucket.matrices)), lambda n: work.bucket.matrices[n][0]):
             numbers = [n for n in matrices if work.size(n, work.rank)]
-            if numbers:
-                layout, (box,) = work.layout(numbers[0]), work.piece(numbers[0], work.rank)
-                shape = (len(numbers), box.bottom - box.top, box.right - box.left)
-                pieces = locals_[position].view(shape)
-                self.by_parameter.append((numbers, pieces.mT if layout.cut_side == "rows" else pieces))
+            while numbers:
+                (box,), together = work.piece(numbers[0], work.rank), 1
+                while together < len(numbers):
+                    (other,) = work.piece(numbers[together], work.rank)
+                    if (other.numel, other.offset) != (box.numel, box.offset + together * box.numel):
+                        break
+                    together += 1
+                flat = locals_[position][box.offset : box.offset + together * box.numel]
+                pieces = flat.view(together, box.bottom - box.top, box.right - box.left)
+                by_rows = work.layout(numbers[0]).cut_side == "rows"
+                self.batches.append((numbers[:together], pieces.mT if by_rows else pieces))
+                numbers = numbers[together:]
 
-    def gram_triangles(self) -> dict[int, Tensor]:
-        """Matrix -> upper triangle of X X^T of this rank's piece."""
+    def grams(self, *, scaled: bool) -> dict[int, Tensor]:
+        """Matrix -> upper triangle of X X^T of this rank's piece, and the exponent of 2 that X was divided by before.
+
+        Squares of very small or large gradients would leave fp32's range.
+        """
         found: dict[int, Tensor] = {}
-        for numbers, x in self.by_parameter:
-            packed = pack_triangle(gram_matrix(x))
-            found |= dict(zip(numbers, packed, strict=True))
+        for numbers, x in self.batches:
+            exponent = torch.zeros(len(numbers), device=x.device)
+            if scaled:
+                exponent = torch.frexp(x.abs().amax(dim=(-2, -1))).exponent.float()
+            triangles = pack_triangle(gram_matrix(_divided(x, exponent)))
+            found |= dict(zip(numbers, torch.cat([triangles, exponent[:, None]], dim=1), strict=True))
         return found
 
-    def multiply(self, triangles: dict[int, Tensor]) -> None:
-        """X <- Q X in place."""
-        for numbers, x in self.by_parameter:
-            q = unpack_triangle(torch.stack([triangles[n] for n in numbers]).float(), x.shape[-2])
-            x.copy_(q @ x)
+    def multiply(self, messages: dict[int, Tensor]) -> None:
+        """X <- Q X / 2^exponent in place."""
+        for numbers, x in self.batches:
+            message = torch.stack([messages[n] for n in numbers]).float()
+            x.copy_(unpack_triangle(message[:, :-1], x.shape[-2]) @ _divided(x, message[:, -1]))
 
 
-def _triangle_size(work: Work, number: int) -> int:
-    short = min(work.layout(number).rows, work.layout(number).columns)
-    return short * (short + 1) // 2
+def _divided(x: Tensor, exponent: Tensor) -> Tensor:
+    """X / 2^exponent, matrix by matrix; in two steps, for a power of two may be out of range where X is near its end."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return x * torch.exp2(-half)[:, None, None] * torch.exp2(half - exponent)[:, None, None]
 
 
 def _by_matrix(work: Work, received: list[Tensor]) -> dict[int, Tensor]:
     """Matrix -> its polynomial."""
     found: dict[int, Tensor] = {}
     for numbers, flat in zip(work.from_workers, received, strict=True):
-        found |= dict(zip(numbers, flat.split([_triangle_size(work, n) for n in numbers]), strict=True))
+        found |= dict(zip(numbers, flat.split([_size(work, n) for n in numbers]), strict=True))
     return found
 
 
 def _summed(work: Work, received: list[Tensor]) -> dict[int, Tensor]:
-    """Matrix that this rank works on -> the sum of all parts of its triangle, fp32, in the order of ranks."""
+    """Matrix that this rank works on -> the sum of all parts of its triangle, and their common exponent, fp32.
+
+    Parts are added in the order of slots, so that replicas of an owner come to the same bits.
+    """
+    parts: dict[int, list[Tensor]] = {}
+    for rank in sorted(range(work.schedule.team.size), key=work.schedule.team.slots.__getitem__):
+        numbers = work.from_holders[rank]
+        sizes = [_size(work, n) for n in numbers]
+        for number, part in zip(numbers, received[rank].split(sizes), strict=True):
+            parts.setdefault(number, []).append(part.float())
     total: dict[int, Tensor] = {}
-    for numbers, flat in zip(work.from_holders, received, strict=True):
-        parts = flat.split([_triangle_size(work, n) for n in numbers])
-        for number, part in zip(numbers, parts, strict=True):
-            total[number] = total[number].add_(part) if number in total else part.float().clone()
+    for number, some in parts.items():
+        exponent = torch.stack([part[-1] for part in some]).max()
+        total[number] = torch.zeros_like(some[0])
+        for part in some:
+            # A part that is 2^63 times smaller than another adds nothing to it in fp32.
+            total[number].add_(part * torch.exp2(2 * (part[-1] - exponent).clamp_min(-63)))
+        total[number][-1] = exponent
     return total
 
 
-def _polynomials(work: Work, triangles: dict[int, Tensor], steps: Coefficients, *, scale: bool) -> dict[int, Tensor]:
-    """Matrix -> upper triangle of Q with Q X = the steps on X; on X / |X| where `scale`. Batched by size."""
+def _polynomials(work: Work, messages: dict[int, Tensor], steps: Coefficients, *, scaled: bool) -> dict[int, Tensor]:
+    """Matrix -> upper triangle of Q with Q X = the steps on X, on X / |X| where `scaled`, and X's exponent.
+
+    Batched by size.
+    """
     found: dict[int, Tensor] = {}
 
-    def size(number: int) -> int:
+    def short_side(number: int) -> int:
         return min(work.layout(number).rows, work.layout(number).columns)
 
-    for short, group in groupby(sorted(triangles, key=lambda n: (size(n), n)), size):
+    for short, group in groupby(sorted(messages, key=lambda n: (short_side(n), n)), short_side):
         numbers = list(group)
-        gram = unpack_triangle(torch.stack([triangles[n] for n in numbers]), short)
-        norm = torch.ones((), device=gram.device)
-        if scale:
+        message = torch.stack([messages[n] for n in numbers])
+        gram, norm = unpack_triangle(message[:, :-1], short), torch.ones((), device=message.device)
+        if scaled:
             trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
             trace = trace.clamp_min(torch.finfo(torch.float32).tiny)
             gram, norm = gram / trace, trace.sqrt()
-        found |= dict(zip(numbers, pack_triangle(polynomial(gram, steps) / norm), strict=True))
+        q = polynomial(gram, steps) / norm
+        # Symmetric but for rounding, of which the mean of both triangles keeps less than either.
+        q = (q + q.mT) / 2
+        found |= dict(zip(numbers, torch.cat([pack_triangle(q), message[:, -1:]], dim=1), strict=True))
     return found
 
 
@@ -126,10 +173,10 @@ def unpack_triangle(packed: Tensor, size: int) -> Tensor:
     return packed.index_select(-1, whole).unflatten(-1, (size, size))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _triangle_indices(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the triangle lies in the flat matrix, and where each number of the matrix lies in the triangle."""
     row, column = torch.triu_indices(size, size, device=device)
-    whole = torch.empty(size, size, dtype=torch.int64, device=device)
-    whole[row, column] = whole[column, row] = torch.arange(len(row), device=device)
-    return row * size + column, whole.flatten()
+    whole = torch.empty(size, size, dtype=torch.int32, device=device)
+    whole[row, column] = whole[column, row] = torch.arange(len(row), dtype=torch.int32, device=device)
+    return (row * size + column).int(), whole.flatten()

@@ -31,6 +31,7 @@ def orthogonalise_whole(work: Work, locals_: list[Tensor]) -> Task:
         pieces = Exchange(work.group, parts, received, wire, device)
         yield
         matrices.fill(work.from_holders, pieces.wait())
+        del pieces
     else:
         _copy(
             [view for n in work.mine for view in matrices.views(n, work.rank)],
