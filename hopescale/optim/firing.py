@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .state import local
+from .state import local, local_gradient
 
 
 class Moved(NamedTuple):
@@ -48,7 +48,7 @@ class Firing:
         given = dict(zip(self.taking_part, tensors, strict=True))
         everyone = [local(p) for p in self.group["params"]]
         return [
-            given[n].reshape(-1) if n in given else torch.zeros(p.numel(), device=p.device)
+            given[n].reshape(-1) if n in given else torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
             for n, p in enumerate(everyone)
         ]
 
@@ -90,7 +90,7 @@ def count_step(
     group["num_steps"] += 1
     number, rest = divmod(group["num_steps"], group["period"])
     having = [n for n, p in enumerate(group["params"]) if p.grad is not None]
-    gradients = [local(group["params"][n].grad) for n in having]
+    gradients = [local_gradient(group["params"][n]) for n in having]
     if group["period"] > 1:
         if gradients:
             torch._foreach_add_([local(state[group["params"][n]]["period_sum"]) for n in having], gradients)

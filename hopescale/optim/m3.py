@@ -13,17 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import momentum
 from .adamw import adamw_step
 from .firing import Firing, Moved, count_step
 from .newton_schulz import shape_factor
-from .orthogonaliser import Orthogonaliser, orthogonalisers
+from .orthogonaliser import Orthogonaliser, agree, group_of, orthogonalisers
 from .pipeline import Turns, take_turns
 from .planner import Schedule
 from .schema import OptimizerConfig
-from .state import check_group, check_state, keep_precision, local, make_state
+from .state import check_group, check_state, local, make_state, take_over, time_scales
 
 Place = tuple[int, int]
 """(group, number in the group) of a parameter."""
@@ -43,7 +42,8 @@ class M3(torch.optim.Optimizer):
 
     A parameter without gradient takes no part in a step: it does not move, and neither does its state. In a slow group
     it counts as a gradient of zero. Its matrices keep their place in the exchanges of the others either way, so ranks
-    need not agree on who has gradients.
+    need not agree on who has gradients. A gradient is a DTensor like its parameter; one that is placed otherwise, a sum
+    still to be made for example, is redistributed, which all ranks that hold it must do together.
     """
 
     def __init__(
@@ -61,15 +61,17 @@ class M3(torch.optim.Optimizer):
                 of several; plain parameters that ranks hold copies of are orthogonalised once only with a group.
 
         Raises:
-            ValueError: a group without parameters, of an unknown algorithm or option, or with a period below 1; a
-                parameter twice, complex, of integers, or in an m3 group with fewer than 2 dims or none of its numbers;
-                a placement that M3 does not know; a plan that cannot be used on some parameter.
+            ValueError: a group without parameters, in no order, of an unknown algorithm or option, or with a period,
+                rate, decay or betas out of range; a parameter twice, complex, of integers, or in an m3 group with fewer
+                than 2 dims or none of its numbers; a placement that M3 does not know; a plan that cannot be used.
         """
         self.config = config
         self.process_group = process_group
-        adam = config.adam
+        self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = []
+        self._agreed = False
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "period": 1, "num_steps": 0}
-        super().__init__(list(groups), {**defaults, "betas": (adam.beta1, adam.beta2)})
+        super().__init__(list(groups), defaults)
+        self._teams = None
         self.moved: list[Moved | None] = [None] * len(self.param_groups)
         """How far each group moved on the last step, where that was measured."""
         self.skipped = False
@@ -77,22 +79,58 @@ class M3(torch.optim.Optimizer):
         self._by_team()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and make its state; raises as the constructor does."""
+        """Add a group and make its state; raises as the constructor does, and adds nothing then."""
         check_group(param_group)
+        if param_group["algorithm"] == "m3":
+            param_group["time_scales"] = time_scales(self.config)
+        else:
+            param_group.setdefault("betas", (self.config.adam.beta1, self.config.adam.beta2))
         super().add_param_group(param_group)
-        for parameter in param_group["params"]:
-            self.state[parameter] = make_state(parameter, self.param_groups[-1], self.config)
-        self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = None
+        added = self.param_groups[-1]
+        for parameter in added["params"]:
+            self.state[parameter] = make_state(parameter, added, self.config)
+        if self._teams == []:
+            # The constructor plans for all groups at once.
+            return
+        self._teams, self._agreed = None, False
+        self.moved.append(None)
+        try:
+            self._by_team()
+        except ValueError:
+            self.param_groups.pop()
+            for parameter in added["params"]:
+                del self.state[parameter]
+            self._teams = None
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options.
 
         Raises:
-            ValueError: the state is of other levels, another form, algorithm or period; nothing is taken over then.
+            ValueError: the state is of other levels, another form, algorithm, period or shape; nothing is taken over
+                then.
         """
-        check_state(state_dict, self.param_groups, self.config)
+        check_state(state_dict, self, self.config)
+        own = {parameter: self.state[parameter] for group in self.param_groups for parameter in group["params"]}
         super().load_state_dict(state_dict)
-        keep_precision(state_dict, self.param_groups, self.state)
+        self.state.update(take_over(state_dict, self.param_groups, own))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle keep.
+
+        Raises:
+            TypeError: of an optimizer that was given a process group, which belongs to this process alone.
+        """
+        if self.process_group is not None:
+            raise TypeError("an M3 that was given a process group cannot be copied; copy its state_dict instead")
+        return {**super().__getstate__(), "config": self.config, "process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` kept."""
+        super().__setstate__(state)
+        self._teams, self._agreed = None, False
+        self.moved: list[Moved | None] = [None] * len(self.param_groups)
+        self.skipped = False
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -119,6 +157,7 @@ class M3(torch.optim.Optimizer):
         if self.skipped:
             self.moved = [None] * len(self.param_groups)
             return loss
+        self._agree()
         counted = [count_step(group, index, self.state, report_in) for index, group in enumerate(self.param_groups)]
         firings = [firing for firing in counted if firing is not None]
         matrices = [firing for firing in firings if firing.group["algorithm"] == "m3"]
@@ -144,15 +183,37 @@ class M3(torch.optim.Optimizer):
         # Sums of absolute values are quick to make; one may overflow though each number is finite.
         sums = [norm.isfinite() for norm in torch._foreach_norm(gradients, 1)] if gradients else []
         finite = not sums or bool(torch.stack(sums).all()) or all(bool(g.isfinite().all()) for g in gradients)
-        flag = torch.tensor(int(finite), device=local(self.param_groups[0]["params"][0]).device)
-        shared = self.process_group or (dist.group.WORLD if self._is_sharded() else None)
-        if shared is not None:
+        flag = torch.tensor(int(finite), device=self._device)
+        for shared in self._process_groups():
             dist.all_reduce(flag, dist.ReduceOp.MIN, shared)
         return bool(flag)
 
-    def _is_sharded(self) -> bool:
+    @property
+    def _device(self) -> torch.device:
+        return local(self.param_groups[0]["params"][0]).device
+
+    def _process_groups(self) -> list[dist.ProcessGroup]:
+        """Those that hold parameters together; all ranks too where they are several, which not every rank may be in."""
         parameters = (p for group in self.param_groups for p in group["params"])
-        return any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters)
+        found = dict.fromkeys(shared for p in parameters if (shared := group_of(p, self.process_group)) is not None)
+        world = [dist.group.WORLD] if len(found) > 1 and dist.group.WORLD is not None else []
+        return [*found, *(shared for shared in world if shared not in found)]
+
+    def _agree(self) -> None:
+        """On the first step, check that all ranks have the same optimizer: else they would wait for each other forever.
+
+        Raises:
+            RuntimeError: they have not; on every rank.
+        """
+        if self._agreed:
+            return
+        told = [self.config.model_dump_json(), *(schedule.fingerprint for schedule in self.schedules())]
+        for group in self.param_groups:
+            shapes = [tuple(p.shape) for p in group["params"]]
+            told.append(repr((group["algorithm"], group["period"], group.get("param_names"), shapes)))
+        for shared in self._process_groups():
+            agree("\n".join(told), shared, self._device)
+        self._agreed = True
 
     def _by_team(self) -> list[tuple[Orthogonaliser, list[Place]]]:
         """The m3 parameters by the team of ranks that holds them."""
@@ -206,14 +267,15 @@ class M3(torch.optim.Optimizer):
 
     def _advance_slow(self, firings: list[Firing]) -> None:
         """Let the slow momentum of form=paper take in its buffer where it is due; it acts from the next firing on."""
-        paper = self.config.paper_form
-        due = [f for f in firings if f.gradients and momentum.slow_level_is_due(paper, f.number - 1)]
+        due = [f for f in firings if momentum.slow_level_is_due(self.config.paper_form, f.number - 1)]
         directions = {
             f.index: f.for_all(momentum.advance_paper_slow(self.config.paper_form, self._states(f))) for f in due
         }
         self._orthogonalise(due, directions)
         for firing in due:
-            torch._foreach_copy_(self._states(firing)["slow_update"], firing.of_taking_part(directions[firing.index]))
+            if firing.parameters:
+                slow_updates = firing.of_taking_part(directions[firing.index])
+                torch._foreach_copy_(self._states(firing)["slow_update"], slow_updates)
 
     def _move(self, firing: Firing, directions: list[Tensor]) -> None:
         """Decay an m3 group, then step along its orthogonalised directions."""

@@ -56,9 +56,8 @@ def advance_levels(config: OptimizerConfig, firing: int, gradients: list[Tensor]
         torch._foreach_mul_(momenta, level.eta)
         torch._foreach_add_(momenta, gradients, alpha=level.theta)
         ahead = config.nesterov and number == 0
-        directions = _add_up(
-            directions, torch._foreach_lerp(gradients, momenta, level.eta) if ahead else momenta, level.weight
-        )
+        parts = torch._foreach_lerp(gradients, momenta, level.eta) if ahead else momenta
+        directions = _add_up(directions, parts, level.weight)
     if config.slow_levels == "offloaded":
         _advance_offloaded(config, firing, gradients, states)
         torch._foreach_add_(directions, states["slow_sum"])
@@ -92,7 +91,7 @@ def _advance_slow(config: OptimizerConfig, firing: int, gradients: list[Tensor],
         if config.buffers == "cascaded":
             if not due:
                 return
-            arriving = [buffer.clone() for buffer in buffers]
+            arriving = [buffer.clone() for buffer in buffers] if number != _slow_levels(config)[-1] else []
         if due:
             torch._foreach_zero_(buffers)
 
@@ -116,19 +115,21 @@ def _advance_offloaded(config: OptimizerConfig, firing: int, gradients: list[Ten
     if firing % config.levels[first].period:
         torch._foreach_add_(states[f"buffer_{first}"], gradients)
         return
-    cold = [name for name in states if waits_in_host_memory(name, config)]
-    here = {
-        name: [t.to(g.device, non_blocking=True) for t, g in zip(states[name], gradients, strict=True)] for name in cold
-    }
-    _advance_slow(config, firing, gradients, states | here)
-    torch._foreach_zero_(states["slow_sum"])
-    for number in slow:
-        torch._foreach_add_(states["slow_sum"], here[f"momentum_{number}"], alpha=config.levels[number].weight)
-    for name in cold:
-        for waiting, moved in zip(states[name], here[name], strict=True):
-            if waiting is not moved:
-                # Blocking: the next firing reads it, and nothing else would wait for the copy.
-                waiting.copy_(moved)
+    # One parameter at a time: no more than one's cold tensors are on the device.
+    for number, gradient in enumerate(gradients):
+        own = {name: [tensors[number]] for name, tensors in states.items()}
+        cold = [name for name in states if waits_in_host_memory(name, config)]
+        here = {name: [own[name][0].to(gradient.device, non_blocking=True)] for name in cold}
+        _advance_slow(config, firing, [gradient], own | here)
+        torch._foreach_zero_(own["slow_sum"])
+        for level in slow:
+            torch._foreach_add_(own["slow_sum"], here[f"momentum_{level}"], alpha=config.levels[level].weight)
+        for name in cold:
+            if own[name][0] is not here[name][0]:
+                own[name][0].copy_(here[name][0], non_blocking=True)
+    if gradients[0].is_cuda:
+        # Whoever saves a checkpoint reads host memory without asking the device.
+        torch.cuda.current_stream(gradients[0].device).synchronize()
 
 
 def advance_paper(config: PaperConfig, gradients: list[Tensor], states: States) -> list[Tensor]:
@@ -149,6 +150,8 @@ def advance_paper(config: PaperConfig, gradients: list[Tensor], states: States) 
 
 def finish_paper_update(config: PaperConfig, updates: list[Tensor], states: States) -> None:
     """Add the slow momentum's share to the orthogonalised fast one, and divide by the second moment's root."""
+    if not updates:
+        return
     torch._foreach_add_(updates, states["slow_update"], alpha=config.alpha)
     if "second_moment" in states:
         scale = torch._foreach_sqrt(states["second_moment"])
@@ -163,6 +166,8 @@ def slow_level_is_due(config: PaperConfig, firing: int) -> bool:
 
 def advance_paper_slow(config: PaperConfig, states: States) -> list[Tensor]:
     """Drain the buffer into the slow momentum and return its directions."""
+    if not states["momentum_1"]:
+        return []
     ema = config.momentum == "ema"
     slow, buffers = states["momentum_1"], states["buffer_1"]
     if ema:

@@ -17,8 +17,9 @@ Coefficients = tuple[Triple, ...]
 Precision = Literal["fp32", "bf16"]
 
 LONGEST_SEGMENT = 5
-"""Steps that fp32 stays exact for on one Gram matrix, to 1e-3 on the worst spectra tried. Of 8 the error is 0.1 on a matrix
-of condition 1e4, and 10 can blow up: rounding gives R small negative eigenvalues, which every step multiplies."""
+"""Steps for which fp32 stays exact on one Gram matrix, to 1e-3 on the worst spectra tried. Of 8 the error is 0.1 on a
+matrix of condition 1e4, and 10 can blow up: rounding gives R small negative eigenvalues, which all steps multiply."""
+
 GRAM_FORM_ABOVE = 1.5
 """Longer side / shorter side from which the Gram form does fewer operations: 4 a + 34 against 20 a + 10 times m^3."""
 
@@ -149,8 +150,8 @@ def gram_matrix(x: Float[Tensor, "*batch short long"]) -> Float[Tensor, "*batch 
 def polynomial(gram: Float[Tensor, "*batch short short"], steps: Coefficients) -> Float[Tensor, "*batch short short"]:
     """The Q with Q X = the plain iteration on X, from R = X X^T alone.
 
-    Per step Z = b R + c R^2, Q <- Q (a I + Z), R <- (a I + Z) R (a I + Z); all of them commute. None is made symmetric on
-    the way: Q and R stay functions of one and the same rounded R, which an error of ten times its size would undo.
+    Per step Z = b R + c R^2, Q <- Q (a I + Z), R <- (a I + Z) R (a I + Z); all of them commute. None is made symmetric
+    on the way: Q and R would stop being functions of one and the same rounded R, at ten times the error.
     """
     shape = gram.shape
     r = gram.reshape(-1, *shape[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Orthogonaliser:
     """Orthogonalises the matrices of parameters that one team of ranks holds together.
 
-    A schedule is made once for every set of parameters that is asked for together; the ranks compare it before use.
+    A schedule is made once for every set of parameters that is asked for together, the same on every rank.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Orthogonaliser:
         """
         self.layouts, self.team, self.config, self.device, self.group = layouts, team, config, device, group
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.newton_schulz = with_precision(config.newton_schulz, device)
+        self.newton_schulz = with_precision(config, device)
         self._made: dict[tuple[tuple[int, ...], bool], Schedule] = {}
-        self._agreed: dict[tuple[tuple[int, ...], bool], list[Work]] = {}
+        self._works: dict[tuple[tuple[int, ...], bool], list[Work]] = {}
         self.schedule(range(len(layouts)), exact=True)
         if config.plan.strategy == "block_periodic":
             self.schedule(range(len(layouts)), exact=False)
-            logger.warning(
+            log = logger.warning if self.rank == 0 else logger.debug
+            log(
                 "optimizer.plan.strategy=block_periodic is not exact: %d of %d steps orthogonalise each rank's own "
                 "pieces, so results depend on the number of ranks",
                 *((config.plan.block_period or 0) - 1, config.plan.block_period),
@@ -81,18 +83,14 @@ class Orthogonaliser:
             members: parameters, by their place; the same ones on every rank.
             directions: of each, the flat fp32 local tensor that is orthogonalised in place.
             exact: False for the steps of block_periodic on pieces.
-
-        Raises:
-            RuntimeError: the ranks do not agree on the schedule; told when it is first used.
         """
         key = (tuple(members), exact)
-        if key not in self._agreed:
+        if key not in self._works:
             schedule = self.schedule(members, exact=exact)
-            agree(schedule, self.group, self.device)
-            self._agreed[key] = [Work(schedule, bucket, self.rank, self.group) for bucket in schedule.buckets]
+            self._works[key] = [Work(schedule, bucket, self.rank, self.group) for bucket in schedule.buckets]
         return [
             self._plan(work.bucket.plan)(work, [directions[member] for member in work.bucket.members])
-            for work in self._agreed[key]
+            for work in self._works[key]
         ]
 
     def _plan(self, plan: PlanName) -> Callable[[Work, list[Tensor]], Task]:
@@ -103,36 +101,48 @@ class Orthogonaliser:
         return orthogonalise_whole
 
 
-def with_precision(config: NewtonSchulzConfig, device: torch.device) -> NewtonSchulzConfig:
+def with_precision(config: OptimizerConfig, device: torch.device) -> NewtonSchulzConfig:
     """The same with `auto` resolved for a device: bf16 where it multiplies bf16 itself.
 
     Without a CUDA device at hand, planning for one takes it to be one that does.
     """
-    if config.precision != "auto":
-        return config
+    if config.newton_schulz.precision != "auto":
+        return config.newton_schulz
+    if config.plan.strategy == "gram" or config.newton_schulz.restart:
+        # What bf16 has no use for.
+        return config.newton_schulz.model_copy(update={"precision": "fp32"})
     if device.type == "cuda":
         native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return config.model_copy(update={"precision": "bf16" if native else "fp32"})
+    return config.newton_schulz.model_copy(update={"precision": "bf16" if native else "fp32"})
 
 
-def agree(schedule: Schedule, group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Check that all ranks made the same schedule.
+def agree(told: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that all ranks of a group say the same.
 
     Raises:
-        RuntimeError: some did not; on every rank.
+        RuntimeError: some do not; on every rank.
     """
-    if group is None:
-        return
-    mine = torch.frombuffer(bytearray.fromhex(schedule.fingerprint), dtype=torch.uint8).to(device)
+    digest = hashlib.sha256(told.encode()).digest()
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group)
     odd = [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]
     if odd:
         raise RuntimeError(
-            f"ranks {odd} plan Newton-Schulz otherwise than rank 0: they differ in configuration, parameters or version"
+            f"ranks {odd} have another optimizer than rank 0: they differ in configuration, parameter groups, version, "
+            "or in hardware where newton_schulz.precision=auto picks by it"
         )
+
+
+def group_of(parameter: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks that hold a parameter together: those given, of its mesh, or all; None for a rank's own parameter."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
+        plain = group is not None and not isinstance(parameter, DTensor) and dist.get_world_size(group) > 1
+        return group if plain else None
+    mesh = parameter.device_mesh
+    return group or (mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD)
 
 
 def orthogonalisers(
@@ -143,25 +153,20 @@ def orthogonalisers(
     Args:
         named: parameters of at least 2 dims.
         config: of the optimizer.
-        group: ranks that hold the parameters together; None takes all ranks for sharded ones, and leaves each rank to
-            itself for plain ones.
+        group: ranks that hold the parameters together; None takes the ranks of their meshes for sharded ones, and
+            leaves each rank to itself for plain ones.
 
     Raises:
         ValueError: a placement that M3 does not know, a mesh of other ranks than the group's, or a strategy that
             cannot be used.
     """
-    by_team: dict[Team, list[int]] = {}
-    groups: dict[Team, dist.ProcessGroup | None] = {}
+    by_team: dict[tuple[Team, dist.ProcessGroup | None], list[int]] = {}
     for place, (_, parameter) in enumerate(named):
-        team, shared = Team.of_one(), None
-        if isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1:
-            shared = group or dist.group.WORLD
-            assert shared is not None, "a mesh of several ranks has a default group"
-            team = team_of(parameter, dist.get_process_group_ranks(shared))
-        elif group is not None and not isinstance(parameter, DTensor) and dist.get_world_size(group) > 1:
-            team, shared = Team.of_copies(dist.get_world_size(group)), group
-        by_team.setdefault(team, []).append(place)
-        groups[team] = shared
+        shared, team = group_of(parameter, group), Team.of_one()
+        if shared is not None:
+            ranks = dist.get_process_group_ranks(shared)
+            team = team_of(parameter, ranks) if isinstance(parameter, DTensor) else Team.of_copies(len(ranks))
+        by_team.setdefault((team, shared), []).append(place)
     return [
         (
             Orthogonaliser(
@@ -169,9 +174,9 @@ def orthogonalisers(
                 team,
                 config,
                 named[places[0]][1].device,
-                groups[team],
+                shared,
             ),
             places,
         )
-        for team, places in by_team.items()
+        for (team, shared), places in by_team.items()
     ]

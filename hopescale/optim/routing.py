@@ -52,8 +52,11 @@ def route(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> 
         unused.pop(pattern, None)
         if group is None:
             raise ValueError(f"no routing rule names parameter {name}; add one to hopescale/optim/routing.py")
-        if getattr(config.groups, group).algorithm == "m3" and min(parameter.shape[-2:]) < SHORTEST_SIDE:
-            group = "embeddings"
+        if getattr(config.groups, group).algorithm == "m3":
+            if parameter.ndim < 2:
+                group = "vectors"
+            elif min(parameter.shape[-2:]) < SHORTEST_SIDE:
+                group = "embeddings"
         routes.append(Route(name, tuple(parameter.shape), group))
     if unused:
         names = ", ".join(unused)
@@ -100,7 +103,7 @@ def parameter_groups(
                     "lr": config.lr * settings.lr_scale,
                     "lr_scale": settings.lr_scale,
                     "weight_decay": decay,
-                    "betas": (beta1, beta2),
+                    **({"betas": (beta1, beta2)} if settings.algorithm == "adamw" else {}),
                     "period": period,
                 }
             )

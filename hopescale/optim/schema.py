@@ -277,6 +277,8 @@ class OptimizerConfig(BaseModel):
     def _settings_fit_together(self) -> OptimizerConfig:
         periods = [level.period for level in self.levels]
         changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        strategy, precision = self.plan.strategy, self.newton_schulz.precision
+        restart, rounded = self.newton_schulz.restart, self.plan.gram_wire == "bf16"
         rules = {
             f"levels[0].period={periods[0]} must be 1: the fastest level steps every step": periods[0] != 1,
             f"buffers=cascaded needs periods that divide each other in order; levels have {periods}": (
@@ -292,9 +294,18 @@ class OptimizerConfig(BaseModel):
             f"form=paper does not use {', '.join(sorted(changed & OF_LEVELS))}; leave them out": (
                 self.form == "paper" and bool(changed & OF_LEVELS)
             ),
-            "plan.gram_wire=bf16 needs newton_schulz.restart of 1 to 3: without, a rounded Gram matrix blows up": (
-                self.plan.gram_wire == "bf16" and not 1 <= self.newton_schulz.restart <= 3
+            "plan.gram_wire=bf16 needs newton_schulz.restart of 1 or 2, below its steps: without, a rounded Gram "
+            f"matrix blows up; restart={restart}, steps={self.newton_schulz.steps}": (
+                rounded and not (1 <= restart <= 2 and restart < self.newton_schulz.steps)
             ),
+            f"plan.gram_wire=bf16 is not used by plan.strategy={strategy}; leave it out": (
+                rounded and strategy not in ("auto", "gram")
+            ),
+            "newton_schulz.precision=bf16 is not used by plan.strategy=gram, which computes in fp32; leave it out": (
+                strategy == "gram" and precision == "bf16"
+            ),
+            f"newton_schulz.restart={restart} is not used by newton_schulz.precision=bf16, whose plain form computes "
+            "every Gram matrix anew; leave it out": bool(restart) and precision == "bf16",
         }
         broken = [rule for rule, is_broken in rules.items() if is_broken]
         if broken:

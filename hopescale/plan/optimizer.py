@@ -82,5 +82,5 @@ def schedule_for(layouts: Sequence[Layout], team: Team, config: OptimizerConfig,
     Raises:
         ValueError: the strategy cannot be used on some parameter.
     """
-    newton_schulz, costs = with_precision(config.newton_schulz, device), costs_of(config.plan, device.type)
+    newton_schulz, costs = with_precision(config, device), costs_of(config.plan, device.type)
     return make_schedule(layouts, range(len(layouts)), team, newton_schulz, config.plan, costs)

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from hopescale.optim.m3 import M3
-from hopescale.optim.schema import OptimizerConfig
+from hopescale.optim.schema import OptimizerConfig, PlanConfig
 from hopescale.parallel.process_group import end_process
 
 STEPS = 6
@@ -161,7 +161,8 @@ def recorded() -> Iterator[list[int]]:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a collective beside the exchanges")
 
-    others = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "broadcast")}
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+    others = {name: getattr(dist, name) for name in names}
     dist.all_to_all_single = recording
     for name in others:
         setattr(dist, name, forbidden)
@@ -232,15 +233,74 @@ def distribute_tensor_alone(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(local, mesh, SHARD0, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
-def disagreement(size: int) -> str:
-    """One rank's configuration differs."""
+def paper_without_gradients(size: int) -> bool:
+    """The first rank has no gradient when the slow momentum is due: nobody waits for it in vain."""
     mesh = init_device_mesh("cpu", (size,))
-    steps = 5 if dist.get_rank() else 4
-    config = OptimizerConfig.model_validate({"newton_schulz": {"precision": "fp32", "steps": steps}})
+    fields = {"form": "paper", "paper_form": {"period": 1}, "newton_schulz": {"precision": "fp32"}}
+    parameter = nn.Parameter(distribute_tensor(normal(TALL, 0), mesh, SHARD0))
+    optimizer = optimizer_of([parameter], OptimizerConfig.model_validate(fields))
+    parameter.grad = None if dist.get_rank() == 0 else distribute_tensor_alone(normal(TALL, 1), mesh)
+    before = piece(parameter).clone()
+    optimizer.step(finite=True)
+    return torch.equal(piece(parameter), before)
+
+
+def unsummed_gradients(size: int) -> float:
+    """Gradients that are still to be summed over ranks move replicas as the sum does."""
+    mesh = init_device_mesh("cpu", (size,))
+    config = OptimizerConfig.model_validate({"newton_schulz": {"precision": "fp32"}})
+    start, shares = normal(SQUARE, 0), [normal(SQUARE, 1 + rank) for rank in range(size)]
+    parameter, other = nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()])), nn.Parameter(start.clone())
+    parameter.grad = DTensor.from_local(shares[dist.get_rank()], mesh, [Partial()], run_check=False)
+    other.grad = torch.stack(shares).sum(0)
+    for one in (parameter, other):
+        optimizer_of([one], config).step()
+    return float((piece(parameter) - other.detach()).abs().max())
+
+
+def pieces_by_themselves(size: int) -> dict[str, Any]:
+    """block_periodic: exact on every second step, each rank's own piece on the others."""
+    mesh = init_device_mesh("cpu", (size,))
+    config = OptimizerConfig.model_validate(
+        {"plan": {"strategy": "block_periodic", "block_period": 2}, "newton_schulz": {"precision": "fp32"}}
+    )
+    seen: dict[str, Any] = {"exchanges": [], "as_whole": []}
+    parameter, other = (
+        nn.Parameter(make(normal((24, 12), 0))) for make in (placer(Case("", [], SHARD0), mesh), Tensor.clone)
+    )
+    sharded, alone = (
+        optimizer_of([parameter], config),
+        optimizer_of([other], config.model_copy(update={"plan": PlanConfig()})),
+    )
+    for _ in range(4):
+        gradient = normal((24, 12), 5)
+        parameter.grad, other.grad = distribute_tensor(gradient.clone(), mesh, SHARD0), gradient
+        before, before_alone = whole(parameter.detach()).clone(), other.detach().clone()
+        with recorded() as sent:
+            sharded.step(finite=True)
+        alone.step()
+        moved, moved_alone = whole(parameter.detach()) - before, other.detach() - before_alone
+        seen["exchanges"].append(len(sent))
+        # But for the decay of weights that differ by now.
+        seen["as_whole"].append(float((moved - moved_alone).norm()) < 0.02 * float(moved_alone.norm()))
+    return seen
+
+
+def disagreement(size: int, kind: str) -> str:
+    """The first rank's configuration differs."""
+    mesh = init_device_mesh("cpu", (size,))
+    odd = dist.get_rank() == 0
+    fields: dict[str, Any] = {"newton_schulz": {"precision": "fp32", "steps": 4 if odd and kind == "steps" else 5}}
+    if kind == "paper period":
+        fields |= {"form": "paper", "paper_form": {"period": 1 if odd else 3}}
+    if kind == "levels":
+        fields |= {"levels": LEVELS[:1] if odd else LEVELS}
     parameter = nn.Parameter(distribute_tensor(normal(TALL, 0), mesh, SHARD0))
     parameter.grad = distribute_tensor(normal(TALL, 1), mesh, SHARD0)
+    period = 2 if odd and kind == "group period" else 1
+    group = {"params": [parameter], "algorithm": "m3", "period": period}
     try:
-        optimizer_of([parameter], config).step()
+        M3([group], OptimizerConfig.model_validate(fields)).step()
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -253,7 +313,11 @@ def main(out: Path) -> None:
     seen["skipped"] = skipped_steps(size)
     if size > 1:
         seen["some"] = gradients_on_some_ranks(size)
-        seen["disagreement"] = disagreement(size)
+        seen["paper"] = paper_without_gradients(size)
+        seen["unsummed"] = unsummed_gradients(size)
+        seen["pieces"] = pieces_by_themselves(size)
+        kinds = ("steps", "paper period", "levels", "group period")
+        seen["disagreement"] = {kind: disagreement(size, kind) for kind in kinds}
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, seen)
     if dist.get_rank() == 0:

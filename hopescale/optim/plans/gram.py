@@ -101,7 +101,7 @@ class _Pieces:
 
 
 def _divided(x: Tensor, exponent: Tensor) -> Tensor:
-    """X / 2^exponent, matrix by matrix; in two steps, for a power of two may be out of range where X is near its end."""
+    """X / 2^exponent, matrix by matrix; in two steps, for the power may be out of range where X is near its end."""
     half = torch.div(exponent, 2, rounding_mode="floor")
     return x * torch.exp2(-half)[:, None, None] * torch.exp2(half - exponent)[:, None, None]
 

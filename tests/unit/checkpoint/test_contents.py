@@ -14,7 +14,8 @@ from hopescale.optim.m3 import M3
 def test_all_persistent_tensors_are_named(trained: Callable[[int], tuple[nn.Module, M3]]) -> None:
     model, optimizer = trained(0)
     named = tensors(model, optimizer)
-    adam = [f"optimizer/{name}/{key}" for name in ("stack", "vector", "scalar") for key in ("exp_avg", "exp_avg_sq", "step")]
+    kept = ("exp_avg", "exp_avg_sq", "step")
+    adam = [f"optimizer/{name}/{key}" for name in ("stack", "vector", "scalar") for key in kept]
     momenta = [f"optimizer/matrix/{key}" for key in ("momentum_0", "momentum_1", "buffer_1")]
     weights = [f"model/{name}" for name in ("matrix", "stack", "vector", "scalar")]
     assert sorted(named) == sorted(adam + momenta + weights)

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hopescale.optim.m3_reference import orthogonalise_reference
 from hopescale.optim.newton_schulz import (
     COEFFICIENTS,
+    LONGEST_SEGMENT,
     Coefficients,
     _plain,
     flops,
+    num_segments,
     orthogonalise,
     polynomial,
     segments,
@@ -232,8 +234,9 @@ def test_restarts_change_nothing_but_rounding(restart: int, shape: tuple[int, ..
 def test_segments_are_all_steps_in_parts_of_the_restart(steps: int, restart: int) -> None:
     parts = segments(steps_of("quintic", steps), restart)
     assert [step for part in parts for step in part] == list(steps_of("quintic", steps))
-    assert len(parts) == (-(-steps // restart) if restart else 1)
-    assert all(len(part) == restart for part in parts[:-1])
+    size = restart or LONGEST_SEGMENT
+    assert len(parts) == num_segments(steps, restart) == -(-steps // size)
+    assert all(len(part) == size for part in parts[:-1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

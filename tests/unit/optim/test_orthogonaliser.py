@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ from hopescale.optim import orthogonaliser
 from hopescale.optim.newton_schulz import orthogonalise, steps_of
 from hopescale.optim.orthogonaliser import Orthogonaliser, agree, orthogonalisers, with_precision
 from hopescale.optim.pipeline import take_turns
-from hopescale.optim.schema import NewtonSchulzConfig, OptimizerConfig
+from hopescale.optim.schema import OptimizerConfig
 from hopescale.optim.shard_map import Team, sharded, whole
 
 CPU = torch.device("cpu")
@@ -69,41 +70,42 @@ def test_block_periodic_warns_and_is_exact_by_another_plan_at_times(caplog: pyte
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_given_precision_is_kept(precision: str) -> None:
-    given = NewtonSchulzConfig.model_validate({"precision": precision})
-    assert with_precision(given, CPU) == with_precision(given, torch.device("cuda")) == given
+    given = OptimizerConfig.model_validate({"newton_schulz": {"precision": precision}})
+    assert with_precision(given, CPU) == with_precision(given, torch.device("cuda")) == given.newton_schulz
 
 
 def test_auto_takes_bf16_where_the_device_multiplies_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     for vectors, tiles, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda vectors=vectors: vectors)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        assert with_precision(NewtonSchulzConfig(), CPU).precision == expected
+        assert with_precision(OptimizerConfig(), CPU).precision == expected
+        for fields in ({"plan": "gram"}, {"newton_schulz": {"restart": 2}}):
+            # bf16 has no use for either.
+            assert with_precision(OptimizerConfig.model_validate(fields), CPU).precision == "fp32"
 
 
-def saying(fingerprints: list[str]) -> SimpleNamespace:
-    """Stands in for torch.distributed: the ranks have these fingerprints."""
+def saying(told: list[str]) -> SimpleNamespace:
+    """Stands in for torch.distributed: what the ranks say."""
 
     def all_gather(everyone: list[Tensor], mine: Tensor, group: Any) -> None:
-        for target, fingerprint in zip(everyone, fingerprints, strict=True):
-            target.copy_(torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8))
+        for target, text in zip(everyone, told, strict=True):
+            target.copy_(torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8))
 
-    return SimpleNamespace(all_gather=all_gather, get_world_size=lambda _: len(fingerprints), get_rank=lambda _: 0)
+    return SimpleNamespace(
+        all_gather=all_gather,
+        get_world_size=lambda _: len(told),
+        get_rank=lambda _: 0,
+        get_process_group_ranks=lambda _: list(range(len(told))),
+    )
 
 
-def test_ranks_that_plan_otherwise_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    layouts, group = [sharded("w", (8, 4), [(0, 2)])], cast(dist.ProcessGroup, object())
-    mine = Orthogonaliser(layouts, Team.of_shards(2), config(), CPU).schedule([0], exact=True)
-    other = Orthogonaliser(layouts, Team.of_shards(2), config(plan="gather"), CPU).schedule([0], exact=True)
-    monkeypatch.setattr(orthogonaliser, "dist", saying([mine.fingerprint] * 3))
-    agree(mine, group, CPU)
-    agree(mine, None, CPU)
-    monkeypatch.setattr(orthogonaliser, "dist", saying([other.fingerprint, mine.fingerprint, mine.fingerprint]))
-    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] plan Newton-Schulz otherwise than rank 0"):
-        agree(mine, group, CPU)
-    # Before the first use, so that no rank waits for one that goes another way.
-    team = Orthogonaliser(layouts, Team.of_shards(2), config(), CPU, group)
-    with pytest.raises(RuntimeError, match="plan Newton-Schulz otherwise"):
-        team.tasks([0], {0: normal(16)})
+def test_ranks_that_say_otherwise_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = cast(dist.ProcessGroup, object())
+    monkeypatch.setattr(orthogonaliser, "dist", saying(["one"] * 3))
+    agree("one", group, CPU)
+    monkeypatch.setattr(orthogonaliser, "dist", saying(["other", "one", "one"]))
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] have another optimizer than rank 0"):
+        agree("one", group, CPU)
 
 
 def test_plain_parameters_without_a_group_are_of_one_rank() -> None:

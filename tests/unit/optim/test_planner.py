@@ -172,7 +172,7 @@ def bytes_sent(schedule: Schedule) -> tuple[list[int], list[int]]:
 def test_bytes_of_even_shards_are_the_formulas(slots: int, newton_schulz: NewtonSchulzConfig) -> None:
     rows, columns, number = 48, 12, 2 if newton_schulz.precision == "bf16" else 4
     layouts, team = cut_in(slots, [(rows, columns), (2, rows, columns)]), Team.of_shards(slots)
-    matrix, triangle = number * rows * columns, 4 * columns * (columns + 1) // 2
+    matrix, triangle = number * rows * columns, 4 * (columns * (columns + 1) // 2 + 1)
 
     def sent(strategy: str) -> list[int]:
         inside, across = bytes_sent(scheduled(layouts, team, strategy, newton_schulz))
@@ -196,7 +196,7 @@ def test_bytes_between_copies_are_the_formula(copies: int) -> None:
 @pytest.mark.parametrize("copies", [2, 3])
 def test_replicas_work_apart_or_send_updates_across(strategy: str, copies: int) -> None:
     layouts, team, slots = cut_in(2, [(48, 12)] * 4), Team.of_shards(2, copies), 2
-    size = 4 * 48 * 12 // slots if strategy == "owner" else 4 * 12 * 13 // 2
+    size = 4 * 48 * 12 // slots if strategy == "owner" else 4 * (12 * 13 // 2 + 1)
     apart = scheduled(layouts, team, strategy, costs=CPU._replace(across_latency=1.0))
     assert {place.replica for bucket in apart.buckets for place in bucket.places} == {EVERY}
     assert bytes_sent(apart) == ([4 * size * copies] * 2, [0, 0])
@@ -216,7 +216,7 @@ def test_restarts_and_a_bf16_wire_change_what_gram_matrices_cost() -> None:
         (scheduled(layouts, team, "gram", restarted), 4),
         (scheduled(layouts, team, "gram", restarted, gram_wire="bf16"), 2),
     ):
-        assert bytes_sent(schedule)[0] == [number * 12 * 13 // 2] * 6
+        assert bytes_sent(schedule)[0] == [number * (12 * 13 // 2 + 1)] * 6
         assert schedule.num_exchanges(schedule.buckets[0]) == 6
         # The matrices of every part: its Gram matrix, its polynomial, and the product with the pieces.
         assert sum(schedule.flops[0]) == 3 * 4 * 12 * 12 * 48 + (10 + 10 + 2) * 12**3
