@@ -15,6 +15,7 @@ from hopescale.evaluate import CONTEXT
 from hopescale.metrics.sinks.prometheus import check_endpoint
 from hopescale.metrics.sinks.tensorboard import summary_writer
 from hopescale.parallel.process_group import Launch
+from hopescale.plan.optimizer import check_plan
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ def preflight(config: Config, launch: Launch) -> tuple[ClipReader, ClipReader]:
     problems: list[Problem] = []
     readers = _collect(problems, lambda: _open_readers(config, launch))
     _collect(problems, lambda: _check_run_folder(config))
+    _collect(problems, lambda: check_plan(config, launch.world_size))
     if config.metrics.tensorboard:
         _collect(problems, summary_writer)
     if launch.local_rank == 0:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from hopescale.config.schema import Config
+from hopescale.errors import ConfigError, Problem
 from hopescale.model.build import build_predictor
 from hopescale.optim.orthogonaliser import with_precision
 from hopescale.optim.planner import PlanName, Schedule, costs_of, make_schedule
@@ -28,10 +29,14 @@ def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[s
         shards: ranks that one copy of the model is sharded over.
         copies: of the sharded model.
 
+    Raises:
+        ConfigError: a plan that the configuration forces cannot be used on some matrix.
+
     Returns:
         Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; and `others`,
         the totals of every other plan for all matrices, or why it cannot be used.
     """
+    check_plan(config, shards)
     device = torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
     layouts, team = m3_layouts(config, shards), Team.of_shards(shards, copies)
     if not layouts:
@@ -55,6 +60,23 @@ def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[s
         "others": others,
     }
     return figures, "\n".join(lines)
+
+
+def check_plan(config: Config, shards: int) -> None:
+    """Check that a plan which the configuration forces can be used on every matrix.
+
+    Raises:
+        ConfigError: it cannot on some.
+    """
+    strategy = config.optimizer.plan.strategy
+    layouts = m3_layouts(config, shards) if strategy != "auto" else []
+    if layouts:
+        try:
+            schedule_for(layouts, Team.of_shards(shards), config.optimizer, torch.device("cpu"))
+        except ValueError as error:
+            rule = str(error).removeprefix(f"optimizer.plan.strategy={strategy} ").removesuffix("; use auto or owner")
+            fix = "set optimizer.plan.strategy=auto, or owner"
+            raise ConfigError(Problem("optimizer.plan.strategy", strategy, rule, fix)) from None
 
 
 def forced(config: OptimizerConfig, plan: PlanName) -> OptimizerConfig:

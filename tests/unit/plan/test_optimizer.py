@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from hopescale.cli import app
 from hopescale.config.compose import load_config
+from hopescale.errors import ConfigError
 from hopescale.optim.planner import PlanName, costs_of
 from hopescale.optim.shard_map import Team
-from hopescale.plan.optimizer import EXACT_PLANS, forced, m3_layouts, plan_optimizer, schedule_for
+from hopescale.plan.optimizer import EXACT_PLANS, check_plan, forced, m3_layouts, plan_optimizer, schedule_for
 
 SMALL = ["experiment=demo", "model.width=48", "model.block_pattern=[S,H]"]
 
@@ -78,6 +79,18 @@ def test_a_forced_plan_is_taken_for_all_matrices(plan: PlanName) -> None:
         m3_layouts(config, 2), Team.of_shards(2), forced(config.optimizer, plan), torch.device("cuda")
     )
     assert {bucket.plan for bucket in schedule.buckets} == {plan}
+
+
+def test_a_forced_plan_that_cannot_be_used_is_an_error_of_its_field() -> None:
+    config = load_config(["experiment=phase4", "optimizer.plan=replicated"])
+    check_plan(config, 1)
+    with pytest.raises(ConfigError) as caught:
+        check_plan(config, 4)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("optimizer.plan.strategy", "replicated")
+    assert "needs every matrix whole on its rank" in problem.rule
+    result = CliRunner().invoke(app, ["plan", "experiment=phase4", "optimizer.plan=replicated", "--shards", "4"])
+    assert isinstance(result.exception, ConfigError)
 
 
 def test_the_command_prints_the_schedule() -> None:
