@@ -249,7 +249,6 @@ class OptimizerConfig(BaseModel):
     """For form=paper."""
     levels: Annotated[tuple[MomentumLevel, ...], Field(strict=False, min_length=1)] = (
         MomentumLevel(period=1, eta=0.9, theta=0.1),
-        MomentumLevel(period=8, eta=0.99, theta=0.01),
     )
     """Time scales of M3's momentum, fastest first; the first must have period 1."""
     drain: Literal["sum", "mean"] = "mean"

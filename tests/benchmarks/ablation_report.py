@@ -69,7 +69,8 @@ Made from the figures in `results/` by `python tests/benchmarks/ablations.py`, `
 off* and *no past* are error ratios: with memory writes disabled, and with the newest of four true frames alone. Equal
 steps: after the whole run. Equal time: read from the same curves after the training seconds of the group's fastest row,
 where the learning rate of slower rows has not yet fallen to its end. Training seconds are steps times the seconds of a
-step without data and evaluation, one thread, all rows taking turns in one process (`step_cost.py`).
+step without data and evaluation, one thread, all rows taking turns in one process (`step_cost.py`). The optimizer of
+all rows is M3 with two time scales at rate 6e-3 (`optimizer=m3_k2`); today's was chosen after them (BENCHMARKS.md).
 
 ![Held-out skill against training time](ablations.png)
 """

@@ -54,7 +54,7 @@ def unusable(rows: list[Row]) -> Iterator[tuple[Row, str]]:
     first = {row.group: row for row in reversed(ROWS)}
     for row in rows:
         try:
-            changed = bool(row.differences())
+            changed = row.differences() != first[row.group].differences()
         except ConfigError as error:
             yield row, describe(error)
         else:

@@ -37,7 +37,8 @@ def trained() -> Callable[[int], tuple[nn.Module, M3]]:
     """Model and optimizer after two steps of random gradients from a seed."""
 
     def build(seed: int) -> tuple[nn.Module, M3]:
-        model, config = Pair(), OptimizerConfig()
+        levels = [{"period": 1}, {"period": 8}]
+        model, config = Pair(), OptimizerConfig.model_validate({"levels": levels})
         generator = torch.Generator().manual_seed(seed)
         names = [name for name, _ in model.named_parameters() if name != "matrix"]
         optimizer = M3(

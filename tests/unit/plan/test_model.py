@@ -52,7 +52,7 @@ def test_json_is_one_object_with_the_figures_of_a_clip() -> None:
 
 
 def test_optimizer_state_is_that_of_the_algorithm() -> None:
-    plan = plan_model(load_config([*SMALL, "optimizer.groups.titan.period=4"]))
+    plan = plan_model(load_config([*SMALL, "optimizer=m3_k2", "optimizer.groups.titan.period=4"]))
     # M3 with two levels keeps two momenta and a buffer; AdamW two moments; a slow group the sum that waits.
     numbers = {"m3": 3, "adamw": 2}
     for group in plan["groups"]:
