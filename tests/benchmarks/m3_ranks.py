@@ -103,36 +103,45 @@ def what_travels(step: Step) -> tuple[int, int]:
 def against_one(precision: str, rounds: int) -> list[dict[str, Any]]:
     """Seconds of all ranks together against those of one rank that has everything, plus those of packing.
 
-    Wall clock where every rank has a core to itself, else seconds of processors. Packing is a step whose Newton-Schulz
-    hands back what it is given.
+    Wall clock where every rank has a core to itself, else seconds of processors. Packing is what a sharded step without
+    Newton-Schulz (which hands back what it is given) takes longer than an unsharded one without.
     """
     wall = dist.get_world_size() == 2
     place, config = placed("the longer side"), config_of(precision, strategy="owner")
     grads = gradients()
     sharded = ours(parameters(place), [place(gradient) for gradient in grads], config)
     alone = ours([nn.Parameter(torch.zeros(shape)) for shape in SHAPES], grads, config_of(precision))
-
-    def packing() -> None:
-        with patch("hopescale.optim.plans.whole.orthogonalise", lambda x, *_: x.float()):
-            sharded()
-
-    measure = wall_seconds if wall else processor_seconds
-    found = turns([sharded, packing], rounds, measure)
-    # One rank at a time: what one rank takes alone must not be measured beside others of its kind.
-    single = 0.0
-    if dist.get_rank() == 0:
-        alone()
-        times = []
-        for _ in range(rounds):
-            began = (time.perf_counter if wall else time.process_time)()
-            alone()
-            times.append((time.perf_counter if wall else time.process_time)() - began)
-        single = statistics.median(times)
-    dist.barrier()
+    measure, clock = (wall_seconds, time.perf_counter) if wall else (processor_seconds, time.process_time)
     ranks = dist.get_world_size() if wall else 1
-    together, packed = (ranks * statistics.median(times) for times in found)
+    together, packed = (
+        ranks * statistics.median(times) for times in turns([sharded, without_iterating(sharded)], rounds, measure)
+    )
+    # One rank at a time: what one rank takes alone must not be measured beside others of its kind.
+    single = bare = 1.0
+    if dist.get_rank() == 0:
+        single, bare = (
+            statistics.median(times)
+            for times in turns([alone, without_iterating(alone)], rounds, lambda step: seconds_of(step, clock))
+        )
+    dist.barrier()
     name = "wall-clock seconds" if wall else "processor seconds"
-    return [{"precision": precision, "measure": name, "ratio": together / (single + packed) if single else 0.0}]
+    return [{"precision": precision, "measure": name, "ratio": together / (single + max(packed - bare, 0.0))}]
+
+
+def without_iterating(step: Step) -> Step:
+    """The same step, with a Newton-Schulz that hands back what it is given."""
+
+    def run() -> None:
+        with patch("hopescale.optim.plans.whole.orthogonalise", lambda x, *_: x.float()):
+            step()
+
+    return run
+
+
+def seconds_of(step: Step, clock: Callable[[], float]) -> float:
+    began = clock()
+    step()
+    return clock() - began
 
 
 def turns(steps: Sequence[Step], rounds: int, measure: Callable[[Step], float]) -> list[list[float]]:
