@@ -67,11 +67,12 @@ class M3(torch.optim.Optimizer):
         """
         self.config = config
         self.process_group = process_group
-        self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = []
+        self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = None
         self._agreed = False
+        self._complete = False
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "period": 1, "num_steps": 0}
         super().__init__(list(groups), defaults)
-        self._teams = None
+        self._complete = True
         self.moved: list[Moved | None] = [None] * len(self.param_groups)
         """How far each group moved on the last step, where that was measured."""
         self.skipped = False
@@ -89,19 +90,18 @@ class M3(torch.optim.Optimizer):
         added = self.param_groups[-1]
         for parameter in added["params"]:
             self.state[parameter] = make_state(parameter, added, self.config)
-        if self._teams == []:
+        if not self._complete:
             # The constructor plans for all groups at once.
             return
         self._teams, self._agreed = None, False
-        self.moved.append(None)
         try:
             self._by_team()
         except ValueError:
             self.param_groups.pop()
             for parameter in added["params"]:
                 del self.state[parameter]
-            self._teams = None
             raise
+        self.moved.append(None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options.
@@ -128,7 +128,7 @@ class M3(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `__getstate__` kept."""
         super().__setstate__(state)
-        self._teams, self._agreed = None, False
+        self._teams, self._agreed, self._complete = None, False, True
         self.moved: list[Moved | None] = [None] * len(self.param_groups)
         self.skipped = False
 

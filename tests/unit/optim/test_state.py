@@ -333,3 +333,18 @@ def test_a_copied_optimizer_goes_on_like_the_first() -> None:
         for p, q in zip(mine["params"], theirs["params"], strict=True):
             assert torch.equal(p, q)
             assert p is not q
+
+
+def test_groups_are_added_later_to_an_optimizer_of_vectors_alone() -> None:
+    vector = nn.Parameter(normal(5))
+    optimizer = M3([{"params": [vector], "algorithm": "adamw"}], config())
+    optimizer.add_param_group({"params": [matrix()], "algorithm": "m3"})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    assert optimizer.moved == [None, None]
+    with pytest.raises(ValueError, match="has no parameters"):
+        optimizer.add_param_group({"params": [], "algorithm": "m3"})
+    assert len(optimizer.param_groups) == 2
+    for parameter in (vector, optimizer.param_groups[1]["params"][0]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert [group["num_steps"] for group in optimizer.param_groups] == [1, 1]
