@@ -37,9 +37,11 @@ def test_rows_have_names_of_their_own_and_every_one_composes() -> None:
 
 def test_a_row_says_what_it_changes_and_one_that_changes_nothing_is_not_trained_again() -> None:
     rows = {row.label: row for row in ROWS}
-    assert rows["demo/default"].differences() == {}
-    assert rows["demo/meta-grad-fo"].differences() == {"model.memory.meta_grad": "fo"}
-    assert rows["demo/T-H-T"].differences() == {"model.block_pattern": ["T", "H", "T"]}
+    assert rows["optimizer/k1-lr0.012"].differences() == {}
+    own = rows["demo/default"].differences()
+    assert own.keys() == {"optimizer.lr", "optimizer.levels"}
+    assert rows["demo/meta-grad-fo"].differences() == own | {"model.memory.meta_grad": "fo"}
+    assert rows["demo/T-H-T"].differences() == own | {"model.block_pattern": ["T", "H", "T"]}
     some = [rows[name] for name in ("demo/default", "demo/eta-max-150", "hidden/S-H-S", "length/S-H-S-15")]
     assert list(ablations.unusable(some)) == [(rows["demo/eta-max-150"], "is demo/default itself")]
 
