@@ -55,13 +55,18 @@ class Exchange:
 
 def pack(flat: Tensor, parts: Sequence[Tensor]) -> None:
     """Copy tensors one after the other into a flat one, casting to its dtype."""
-    unpack(flat, [part.shape for part in parts], parts, into_flat=True)
+    if parts:
+        torch._foreach_copy_(_views(flat, parts), list(parts))
 
 
-def unpack(flat: Tensor, shapes: Sequence[torch.Size], parts: Sequence[Tensor], *, into_flat: bool = False) -> None:
-    """Copy a flat tensor's numbers into tensors of these shapes, in order; or back."""
-    sizes = [shape.numel() for shape in shapes]
-    views = [piece.view(shape) for piece, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]
-    if views:
-        targets, sources = (views, list(parts)) if into_flat else (list(parts), views)
-        torch._foreach_copy_(targets, sources)
+def unpack(flat: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy a flat tensor's numbers into tensors, in order: the inverse of `pack`."""
+    if parts:
+        torch._foreach_copy_(list(parts), _views(flat, parts))
+
+
+def _views(flat: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Pieces of a flat tensor in the shapes of some tensors."""
+    sizes = [part.numel() for part in parts]
+    pieces = flat[: sum(sizes)].split(sizes)
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]

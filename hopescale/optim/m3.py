@@ -57,8 +57,8 @@ class M3(torch.optim.Optimizer):
         Args:
             groups: of parameters.
             config: settings; `lr` and `weight_decay` are for groups that have none of their own.
-            process_group: ranks that hold the parameters together. None takes all ranks where parameters are DTensors
-                of several; plain parameters that ranks hold copies of are orthogonalised once only with a group.
+            process_group: ranks that hold the parameters together. None takes the ranks of the mesh of each DTensor;
+                plain parameters that ranks hold copies of are orthogonalised once only with a group.
 
         Raises:
             ValueError: a group without parameters, in no order, of an unknown algorithm or option, or with a period,

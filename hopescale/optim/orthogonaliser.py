@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,6 @@ class Orthogonaliser:
         """
         self.layouts, self.team, self.config, self.device, self.group = layouts, team, config, device, group
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.newton_schulz = with_precision(config, device)
         self._made: dict[tuple[tuple[int, ...], bool], Schedule] = {}
         self._works: dict[tuple[tuple[int, ...], bool], list[Work]] = {}
         self.schedule(range(len(layouts)), exact=True)
@@ -69,11 +69,9 @@ class Orthogonaliser:
         """Who does what for some of the parameters; pure, and the same on every rank."""
         key = (tuple(members), exact)
         if key not in self._made:
-            plan = self.config.plan
-            if exact and plan.strategy == "block_periodic":
-                plan = plan.model_copy(update={"strategy": "auto", "block_period": None})
-            costs = costs_of(plan, self.device.type)
-            self._made[key] = make_schedule(self.layouts, members, self.team, self.newton_schulz, plan, costs)
+            inexact = self.config.plan.strategy == "block_periodic"
+            config = with_plan(self.config, "auto") if exact and inexact else self.config
+            self._made[key] = schedule_for(self.layouts, members, self.team, config, self.device)
         return self._made[key]
 
     def tasks(self, members: Sequence[int], directions: Mapping[int, Tensor], *, exact: bool = True) -> list[Turns]:
@@ -99,6 +97,24 @@ class Orthogonaliser:
         if plan == "block_periodic":
             return partial(orthogonalise_pieces, adjust=self.config.adjust)
         return orthogonalise_whole
+
+
+def schedule_for(
+    layouts: Sequence[Layout], members: Sequence[int], team: Team, config: OptimizerConfig, device: torch.device
+) -> Schedule:
+    """The schedule of some parameters on a kind of device.
+
+    Raises:
+        ValueError: the strategy cannot be used on some of them.
+    """
+    newton_schulz, costs = with_precision(config, device), costs_of(config.plan, device.type)
+    return make_schedule(layouts, members, team, newton_schulz, config.plan, costs)
+
+
+def with_plan(config: OptimizerConfig, strategy: Literal["auto"] | PlanName) -> OptimizerConfig:
+    """The same with another strategy than block_periodic for all matrices."""
+    plan = config.plan.model_copy(update={"strategy": strategy, "block_period": None})
+    return config.model_copy(update={"plan": plan})
 
 
 def with_precision(config: OptimizerConfig, device: torch.device) -> NewtonSchulzConfig:

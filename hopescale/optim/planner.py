@@ -119,10 +119,7 @@ class Schedule:
 
     def num_exchanges(self, bucket: Bucket) -> int:
         """Collectives of a bucket."""
-        if self.team.size == 1:
-            return 0
-        rounds = {"owner": 2, "replicated": 1, "gather": 1, "gram": 2 * self._gram_rounds}
-        return rounds.get(bucket.plan, 0)
+        return len(self._exchanges(bucket.plan))
 
     @property
     def _gram_rounds(self) -> int:
@@ -131,18 +128,19 @@ class Schedule:
     @cached_property
     def traffic(self) -> tuple[tuple[Traffic, ...], ...]:
         """Bucket -> exchange -> bytes."""
-        return tuple(tuple(self._traffic(bucket)) for bucket in self.buckets)
+        return tuple(tuple(exchange(bucket) for exchange in self._exchanges(bucket.plan)) for bucket in self.buckets)
 
-    def _traffic(self, bucket: Bucket) -> list[Traffic]:
+    def _exchanges(self, plan: PlanName) -> list[Callable[[Bucket], Traffic]]:
+        """What a plan sends, in order."""
         if self.team.size == 1:
             return []
-        exchanges = {
+        exchanges: dict[str, list[Callable[[Bucket], Traffic]]] = {
             "owner": [self._to_workers, self._to_holders],
             "replicated": [self._to_holders],
             "gather": [self._to_workers],
             "gram": [self._to_workers, self._to_holders] * self._gram_rounds,
         }
-        return [exchange(bucket) for exchange in exchanges.get(bucket.plan, [])]
+        return exchanges.get(plan, [])
 
     def _size(self, bucket: Bucket, number: int, slot: int) -> int:
         """Bytes that travel between a slot and whoever works on a matrix."""
@@ -151,13 +149,12 @@ class Schedule:
         size = layout.sizes[slot][matrix]
         if bucket.plan != "gram":
             return size * self.wire_bytes
-        number = 2 if self.config.gram_wire == "bf16" else 4
-        return message_size(min(layout.rows, layout.columns)) * number if size else 0
+        return message_bytes(min(layout.rows, layout.columns), self.config) if size else 0
 
     def _to_workers(self, bucket: Bucket) -> Traffic:
         sent = Traffic([0] * self.team.size, [0] * self.team.size)
         for number, place in enumerate(bucket.places):
-            for replica in range(self.team.num_replicas) if place.replica == EVERY else [place.replica]:
+            for replica in replicas_of(self.team, place):
                 workers = self.team.num_slots if place.slot == EVERY else 1
                 for slot in range(self.team.num_slots):
                     others = workers - (place.slot in (EVERY, slot))
@@ -169,7 +166,7 @@ class Schedule:
         others = self.team.num_replicas - 1
         for number, place in enumerate(bucket.places):
             sizes = [self._size(bucket, number, slot) for slot in range(self.team.num_slots)]
-            for replica in range(self.team.num_replicas) if place.replica == EVERY else [place.replica]:
+            for replica in replicas_of(self.team, place):
                 rank = self.team.rank[replica, place.slot]
                 sent.inside[rank] += sum(sizes) - sizes[place.slot]
                 sent.across[rank] += 0 if place.replica == EVERY else others * sum(sizes)
@@ -190,14 +187,10 @@ class Schedule:
                     for replica in range(self.team.num_replicas):
                         done[self.team.rank[replica, slot]] += share
             if bucket.plan != "block_periodic":
-                work = self._work(bucket.plan, layout)
+                whole = work(bucket.plan, layout, self.newton_schulz)
                 for rank in workers(self.team, place):
-                    done[rank] += work
+                    done[rank] += whole
         return done
-
-    def _work(self, plan: PlanName, layout: Layout) -> int:
-        """Operations on one matrix by whoever works on it."""
-        return work(plan, layout, self.newton_schulz)
 
     def _share_flops(self, layout: Layout, matrix: int, slot: int, plan: PlanName) -> int:
         """Operations on one matrix by everyone who holds a piece."""
@@ -231,6 +224,11 @@ def message_size(short: int) -> int:
     return short * (short + 1) // 2 + 1
 
 
+def message_bytes(short: int, config: PlanConfig) -> int:
+    """Bytes of the same on its way."""
+    return message_size(short) * (2 if config.gram_wire == "bf16" else 4)
+
+
 def work(plan: PlanName, layout: Layout, config: NewtonSchulzConfig) -> int:
     """Operations on one matrix of a layout by whoever works on it; in a gram plan the polynomial alone."""
     short, long = sorted((layout.rows, layout.columns))
@@ -245,11 +243,15 @@ def matrix_flops(short: int, long: int, config: NewtonSchulzConfig) -> int:
     return flops(short, long, config.steps, gram=gram, restart=config.restart)
 
 
+def replicas_of(team: Team, place: Place) -> Sequence[int]:
+    """Replicas at a place."""
+    return range(team.num_replicas) if place.replica == EVERY else [place.replica]
+
+
 def workers(team: Team, place: Place) -> list[int]:
     """Ranks at a place."""
-    replicas = range(team.num_replicas) if place.replica == EVERY else [place.replica]
     slots = range(team.num_slots) if place.slot == EVERY else [place.slot]
-    return [team.rank[replica, slot] for replica in replicas for slot in slots]
+    return [team.rank[replica, slot] for replica in replicas_of(team, place) for slot in slots]
 
 
 def make_schedule(
@@ -304,9 +306,8 @@ def _prefers_gram(layout: Layout, team: Team, newton_schulz: NewtonSchulzConfig,
     # In bf16 the unsharded update is the less exact one, and a sharded run is to equal an unsharded one.
     if newton_schulz.precision == "bf16" or not takes_gram_form(short, long) or layout.cut_side is None:
         return False
-    number = 2 if config.gram_wire == "bf16" else 4
     rounds = num_segments(newton_schulz.steps, newton_schulz.restart)
-    return rounds * team.num_slots * message_size(short) * number < 4 * short * long
+    return rounds * team.num_slots * message_bytes(short, config) < 4 * short * long
 
 
 def _check_forced(plan: PlanName, layouts: Sequence[Layout], members: Sequence[int], team: Team) -> None:

@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 
 from hopescale.model.longterm import LongTermChange, LongTermMemory, total
 from hopescale.model.titan import MemoryTrace
-
-from .gradients import local_piece
+from hopescale.optim.state import local
 
 
 def added_changes(changes: Sequence[LongTermChange], traces: Sequence[MemoryTrace]) -> list[LongTermChange]:
@@ -80,7 +79,7 @@ def waiting_changes(model: nn.Module, ranks: int | None = None) -> dict[str, Ten
         for number, part in enumerate(memory.waiting or (), 1):
             rows = _rows(memory.w1, part, ranks)
             if ranks is None:
-                local_piece(rows).copy_(part)
+                local(rows).copy_(part)
             found[f"{name}.waiting{number}"] = rows
     return found
 
@@ -89,7 +88,7 @@ def restore_waiting(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Hand rows back to ranks; where there are more rows than ranks, some take the sum of several."""
     for name, memory in longterm_memories(model):
         for number, part in enumerate(memory.waiting or (), 1):
-            part.copy_(local_piece(saved[f"{name}.waiting{number}"]).sum(dim=0))
+            part.copy_(local(saved[f"{name}.waiting{number}"]).sum(dim=0))
 
 
 def _rows(parameter: Tensor, part: Tensor, ranks: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hopescale.optim.schema import ClipConfig
+from hopescale.optim.state import local
 
 
 def group_norms(groups: list[dict[str, Any]]) -> Tensor:
@@ -36,7 +37,7 @@ def clip_gradients(groups: list[dict[str, Any]], norms: Tensor, config: ClipConf
 
 def parameter_squares(groups: list[dict[str, Any]]) -> Float[Tensor, " groups"]:
     """Sum of the squares of this rank's pieces of each group's parameters, in fp64."""
-    return torch.stack([_sum_of_squares(group, [local_piece(p) for p in group["params"]]) for group in groups])
+    return torch.stack([_sum_of_squares(group, [local(p) for p in group["params"]]) for group in groups])
 
 
 def dead_numbers(groups: list[dict[str, Any]]) -> Int[Tensor, " groups"]:
@@ -49,11 +50,11 @@ def dead_numbers(groups: list[dict[str, Any]]) -> Int[Tensor, " groups"]:
 
 def local_size(group: dict[str, Any]) -> int:
     """Numbers in this rank's pieces of a group's parameters."""
-    return sum(local_piece(p).numel() for p in group["params"])
+    return sum(local(p).numel() for p in group["params"])
 
 
 def _gradients(group: dict[str, Any]) -> list[Tensor]:
-    return [local_piece(p.grad) for p in group["params"] if p.grad is not None]
+    return [local(p.grad) for p in group["params"] if p.grad is not None]
 
 
 def _sum_of_squares(group: dict[str, Any], tensors: list[Tensor]) -> Tensor:
@@ -62,13 +63,8 @@ def _sum_of_squares(group: dict[str, Any], tensors: list[Tensor]) -> Tensor:
 
 
 def _zero(group: dict[str, Any]) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=local_piece(group["params"][0]).device)
+    return torch.zeros((), dtype=torch.float64, device=local(group["params"][0]).device)
 
 
 def _is_sharded(groups: list[dict[str, Any]]) -> bool:
     return any(isinstance(p, DTensor) for group in groups for p in group["params"])
-
-
-def local_piece(tensor: Tensor) -> Tensor:
-    """This rank's piece of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,11 +10,10 @@ import torch
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.model.build import build_predictor
-from hopescale.optim.orthogonaliser import with_precision
-from hopescale.optim.planner import PlanName, Schedule, costs_of, make_schedule
+from hopescale.optim.orthogonaliser import schedule_for, with_plan
+from hopescale.optim.planner import PlanName, Schedule
 from hopescale.optim.routing import parameter_groups
 from hopescale.optim.schedule_table import bucket_figures, figures_of, schedule_table, table_row
-from hopescale.optim.schema import OptimizerConfig
 from hopescale.optim.shard_map import Layout, Team, sharded
 from hopescale.parallel.fsdp import shard_dim
 
@@ -36,17 +35,17 @@ def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[s
         Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; and `others`,
         the totals of every other plan for all matrices, or why it cannot be used.
     """
-    check_plan(config, shards)
     device = torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
     layouts, team = m3_layouts(config, shards), Team.of_shards(shards, copies)
     if not layouts:
         return {"matrices": 0}, "Newton-Schulz: no group has algorithm m3"
-    schedule = schedule_for(layouts, team, config.optimizer, device)
+    schedule = _schedule(config, layouts, team, device)
     lines = [schedule_table(schedule)]
     others: dict[str, Any] = {}
     for plan in EXACT_PLANS if team.size > 1 else ():
         try:
-            others[plan] = figures_of(schedule_for(layouts, team, forced(config.optimizer, plan), device))
+            other = schedule_for(layouts, range(len(layouts)), team, with_plan(config.optimizer, plan), device)
+            others[plan] = figures_of(other)
             lines.append(table_row(f"all {plan}", others[plan]))
         except ValueError as error:
             others[plan] = str(error)
@@ -68,20 +67,23 @@ def check_plan(config: Config, shards: int) -> None:
     Raises:
         ConfigError: it cannot on some.
     """
-    strategy = config.optimizer.plan.strategy
-    layouts = m3_layouts(config, shards) if strategy != "auto" else []
-    if layouts:
-        try:
-            schedule_for(layouts, Team.of_shards(shards), config.optimizer, torch.device("cpu"))
-        except ValueError as error:
-            rule = str(error).removeprefix(f"optimizer.plan.strategy={strategy} ").removesuffix("; use auto or owner")
-            fix = "set optimizer.plan.strategy=auto, or owner"
-            raise ConfigError(Problem("optimizer.plan.strategy", strategy, rule, fix)) from None
+    if config.optimizer.plan.strategy != "auto":
+        _schedule(config, m3_layouts(config, shards), Team.of_shards(shards), torch.device("cpu"))
 
 
-def forced(config: OptimizerConfig, plan: PlanName) -> OptimizerConfig:
-    """The same with one plan for all matrices."""
-    return config.model_copy(update={"plan": config.plan.model_copy(update={"strategy": plan, "block_period": None})})
+def _schedule(config: Config, layouts: Sequence[Layout], team: Team, device: torch.device) -> Schedule:
+    """The schedule of all of them together.
+
+    Raises:
+        ConfigError: the strategy cannot be used on some.
+    """
+    try:
+        return schedule_for(layouts, range(len(layouts)), team, config.optimizer, device)
+    except ValueError as error:
+        strategy = config.optimizer.plan.strategy
+        rule = str(error).removeprefix(f"optimizer.plan.strategy={strategy} ").removesuffix("; use auto or owner")
+        fix = "set optimizer.plan.strategy=auto, or owner"
+        raise ConfigError(Problem("optimizer.plan.strategy", strategy, rule, fix)) from None
 
 
 def m3_layouts(config: Config, shards: int) -> list[Layout]:
@@ -96,13 +98,3 @@ def m3_layouts(config: Config, shards: int) -> list[Layout]:
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     ]
     return [sharded(name, shape, [(shard_dim(shape, shards), shards)]) for name, shape in matrices]
-
-
-def schedule_for(layouts: Sequence[Layout], team: Team, config: OptimizerConfig, device: torch.device) -> Schedule:
-    """The schedule of all of them together.
-
-    Raises:
-        ValueError: the strategy cannot be used on some parameter.
-    """
-    newton_schulz, costs = with_precision(config, device), costs_of(config.plan, device.type)
-    return make_schedule(layouts, range(len(layouts)), team, newton_schulz, config.plan, costs)

@@ -23,6 +23,7 @@ from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.fsdp import shard_dim
 from hopescale.parallel.process_group import end_process
 from tests.benchmarks.m3_contenders import SHAPES, Step, gather, gradients, muon, ours
+from tests.sharded import recorded_exchanges
 
 PLACEMENTS = ("Shard(0)", "Shard(1)", "the longer side")
 
@@ -72,7 +73,8 @@ def contend(precision: str, placement: str, rounds: int) -> dict[str, Any]:
     }
     seconds = turns(list(contenders.values()), rounds, wall_seconds)
     (schedule,) = M3([{"params": own, "algorithm": "m3"}], config).schedules()
-    sent, exchanges = what_travels(contenders["ours"])
+    with recorded_exchanges() as sent:
+        contenders["ours"]()
     planned = sum(s.total[dist.get_rank()] for traffic in schedule.traffic for s in traffic)
     with CommDebugMode() as muons:
         contenders["muon"]()
@@ -82,22 +84,9 @@ def contend(precision: str, placement: str, rounds: int) -> dict[str, Any]:
         "plans": "+".join(dict.fromkeys(bucket.plan for bucket in schedule.buckets)),
         "seconds": dict(zip(contenders, seconds, strict=True)),
         "muon_collectives": muons.get_total_counts(),
-        "collectives_a_bucket": exchanges / len(schedule.buckets),
-        "bytes_ratio": sent / planned,
+        "collectives_a_bucket": len(sent) / len(schedule.buckets),
+        "bytes_ratio": sum(sent) / planned,
     }
-
-
-def what_travels(step: Step) -> tuple[int, int]:
-    """Bytes that this rank sends to others in a step, and the number of exchanges."""
-    exchange, sizes = dist.all_to_all_single, []
-
-    def recording(received: Any, sent: torch.Tensor, into: Any, out: list[int], *rest: Any, **more: Any) -> Any:
-        sizes.append((sum(out) - out[dist.get_rank()]) * sent.element_size())
-        return exchange(received, sent, into, out, *rest, **more)
-
-    with patch.object(dist, "all_to_all_single", recording):
-        step()
-    return sum(sizes), len(sizes)
 
 
 def against_one(precision: str, rounds: int) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.train import build
 from hopescale.train_step import micro_losses, objective_share, train_step
+from tests.sharded import whole
 
 NUM_STEPS = 4
 GLOBAL_BATCH = 5  # divides neither by 2 nor by 4
@@ -77,10 +78,6 @@ def batches(config: Config, step: int, rank: int, world_size: int) -> StepBatche
         micro.append(batch if count else batch.without_weight())
     lengths = clips(config, step * GLOBAL_BATCH, GLOBAL_BATCH).lengths
     return StepBatches(step, lengths.numpy(), micro)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def backward(model: nn.Module, share: StepBatches, config: Config) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from hopescale.parallel.consolidation import longterm_memories, restore_waiting,
 from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
 from hopescale.train import build
 from hopescale.train_step import train_step
-from tests.distributed.fsdp_program import GLOBAL_BATCH, batches, distance, whole
+from tests.distributed.fsdp_program import GLOBAL_BATCH, batches, distance
+from tests.sharded import whole
 
 OVERRIDES = [
     "model.encoder_dim=12",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig, PlanConfig
+from hopescale.optim.state import local
 from hopescale.parallel.process_group import end_process
+from tests.sharded import recorded_exchanges, whole
 
 STEPS = 6
 SHARD0: list[Placement] = [Shard(0)]
@@ -106,10 +109,6 @@ def optimizer_of(parameters: list[nn.Parameter], config: OptimizerConfig, group:
     return M3([{"params": parameters, "algorithm": "m3", "weight_decay": 0.1}], config, group)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def run_case(case: Case, size: int) -> dict[str, Any]:
     """Largest difference to the whole matrices' optimizer, and what travelled on a step."""
     config, mesh = config_of(case), init_device_mesh("cpu", case.mesh or (size,))
@@ -151,27 +150,15 @@ def placer(case: Case, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def recorded() -> Iterator[list[int]]:
-    """Bytes that this rank sent to others in each exchange, and a failure for every other collective."""
-    exchange, seen = dist.all_to_all_single, []
-
-    def recording(received: Tensor, sent: Tensor, sizes_in: Any, sizes_out: list[int], *rest: Any, **more: Any) -> Any:
-        seen.append((sum(sizes_out) - sizes_out[dist.get_rank()]) * sent.element_size())
-        return exchange(received, sent, sizes_in, sizes_out, *rest, **more)
+    """Bytes that this rank sends to others in each exchange, and a failure for every other collective."""
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a collective beside the exchanges")
 
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
-    others = {name: getattr(dist, name) for name in names}
-    dist.all_to_all_single = recording
-    for name in others:
-        setattr(dist, name, forbidden)
-    try:
-        yield seen
-    finally:
-        dist.all_to_all_single = exchange
-        for name, function in others.items():
-            setattr(dist, name, function)
+    with recorded_exchanges() as sent_bytes, ExitStack() as stack:
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+            stack.enter_context(patch.object(dist, name, forbidden))
+        yield sent_bytes
 
 
 def skipped_steps(size: int) -> dict[str, Any]:
@@ -210,8 +197,7 @@ def tensors(optimizer: M3) -> list[Tensor]:
 
 
 def piece(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local(tensor.detach())
 
 
 def gradients_on_some_ranks(size: int) -> dict[str, Any]:
@@ -229,8 +215,8 @@ def gradients_on_some_ranks(size: int) -> dict[str, Any]:
 
 def distribute_tensor_alone(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """A sharded tensor made without talking to other ranks."""
-    local = tensor.chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
-    return DTensor.from_local(local, mesh, SHARD0, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    own = tensor.chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
+    return DTensor.from_local(own, mesh, SHARD0, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def paper_without_gradients(size: int) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.fsdp import shard_dim
 from hopescale.parallel.process_group import end_process
+from tests.sharded import whole
 
 BEFORE, AFTER = 5, 6
 LEVELS = [{"period": 1, "eta": 0.9, "theta": 0.1}, {"period": 3, "eta": 0.8, "theta": 0.2}]
@@ -95,10 +96,6 @@ def main(action: str, folder: Path, mesh: str, out: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from hopescale.parallel.fsdp import reduce_gradients_in_backward, shard_model
 from hopescale.parallel.mesh import build_mesh
 from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
 from hopescale.train_step import micro_losses, objective_share
-from tests.distributed.fsdp_program import OVERRIDES, batches, whole
+from tests.distributed.fsdp_program import OVERRIDES, batches
+from tests.sharded import whole
 
 # Sharing a step's clips out to 1, 2 and 4 ranks leaves ranks with 3, 2, 1 of them, in micro-batches of at most 2.
 VARIANTS: dict[str, list[str]] = {

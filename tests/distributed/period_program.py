@@ -17,7 +17,8 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.train import build
-from tests.distributed.fsdp_program import NUM_STEPS, OVERRIDES, distance, train, whole
+from tests.distributed.fsdp_program import NUM_STEPS, OVERRIDES, distance, train
+from tests.sharded import whole
 
 SLOW = [
     "model.block_pattern=[S,H]",

@@ -1,7 +1,7 @@
 """The Gram plan: pieces stay where they are, and only symmetric matrices of the shorter side travel.
 
 With the longer side cut, X X^T of a matrix is the sum of that of its pieces, and so is its trace, |X|^2. Everyone
-sends the upper triangle of its part to the owner, the owner sums them in the order of ranks and sends back the
+sends the upper triangle of its part to the owner, the owner sums them in the order of slots and sends back the
 polynomial Q of the sum, and everyone multiplies its piece by Q: the Gram form of Newton-Schulz on the whole matrix,
 nothing computed twice. Triangles travel in fp32: rounded to bf16 a Gram matrix has negative eigenvalues, which the
 polynomial blows up unless it is computed anew on the way (`newton_schulz.restart`, two exchanges more each).

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from hopescale.optim.exchange import Exchange
+from hopescale.optim.exchange import Exchange, unpack
 from hopescale.optim.newton_schulz import orthogonalise
 
 from .work import Task, Work
@@ -46,8 +46,7 @@ def orthogonalise_whole(work: Work, locals_: list[Tensor]) -> Task:
         del matrices
         yield
         for peer, flat in zip(work.from_workers, updates.wait(), strict=True):
-            views = [view for n in peer for view in work.views(n, locals_)]
-            _copy(views, [f.view(v.shape) for f, v in zip(flat.split([v.numel() for v in views]), views, strict=True)])
+            unpack(flat, [view for n in peer for view in work.views(n, locals_)])
     else:
         _copy(
             [view for n in work.mine for view in work.views(n, locals_)],
@@ -63,11 +62,10 @@ class _WholeMatrices:
         self.batches: list[Tensor] = []
         self.place: dict[int, tuple[int, int]] = {}
         by_shape = sorted(work.mine, key=lambda n: (self._shape(n), n))
-        for (short, long), numbers in groupby(by_shape, self._shape):
-            for row, number in enumerate(numbers):
-                self.place[number] = (len(self.batches), row)
-            count = sum(batch == len(self.batches) for batch, _ in self.place.values())
-            self.batches.append(torch.empty(count, short, long, dtype=dtype, device=device))
+        for shape, group in groupby(by_shape, self._shape):
+            numbers = list(group)
+            self.place |= {number: (len(self.batches), row) for row, number in enumerate(numbers)}
+            self.batches.append(torch.empty(len(numbers), *shape, dtype=dtype, device=device))
 
     def _shape(self, number: int) -> tuple[int, int]:
         layout = self.work.layout(number)
@@ -84,9 +82,7 @@ class _WholeMatrices:
     def fill(self, sent: list[list[int]], received: list[Tensor]) -> None:
         """Put together what came from each rank."""
         for rank, (numbers, flat) in enumerate(zip(sent, received, strict=True)):
-            views = [view for number in numbers for view in self.views(number, rank)]
-            parts = flat.split([view.numel() for view in views])
-            _copy(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+            unpack(flat, [view for number in numbers for view in self.views(number, rank)])
 
     def orthogonalise(self) -> None:
         """In place of the matrices, fp32; a batch at a time."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hopescale.optim.newton_schulz import Coefficients, Precision, steps_of
-from hopescale.optim.planner import EVERY, Bucket, Place, Schedule, workers
+from hopescale.optim.planner import EVERY, Bucket, Place, Schedule
 from hopescale.optim.shard_map import Layout, Piece
 
 Task = Generator[None, None, None]
@@ -64,7 +64,7 @@ class Work:
     @cached_property
     def mine(self) -> list[int]:
         """Matrices that this rank works on."""
-        return [n for n, place in enumerate(self.bucket.places) if self.rank in workers(self.schedule.team, place)]
+        return [n for n, place in enumerate(self.bucket.places) if self._at(self.rank, place)]
 
     @cached_property
     def to_workers(self) -> list[list[int]]:

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from hopescale.cli import app
 from hopescale.config.compose import load_config
 from hopescale.errors import ConfigError
+from hopescale.optim.orthogonaliser import schedule_for, with_plan
 from hopescale.optim.planner import PlanName, costs_of
 from hopescale.optim.shard_map import Team
-from hopescale.plan.optimizer import EXACT_PLANS, check_plan, forced, m3_layouts, plan_optimizer, schedule_for
+from hopescale.plan.optimizer import EXACT_PLANS, check_plan, m3_layouts, plan_optimizer
 
 SMALL = ["experiment=demo", "model.width=48", "model.block_pattern=[S,H]"]
 
@@ -75,9 +76,8 @@ def test_the_cost_model_can_be_overridden() -> None:
 @pytest.mark.parametrize("plan", ["owner", "gram", "gather"])
 def test_a_forced_plan_is_taken_for_all_matrices(plan: PlanName) -> None:
     config = load_config(["experiment=phase4"])
-    schedule = schedule_for(
-        m3_layouts(config, 2), Team.of_shards(2), forced(config.optimizer, plan), torch.device("cuda")
-    )
+    layouts, one_plan = m3_layouts(config, 2), with_plan(config.optimizer, plan)
+    schedule = schedule_for(layouts, range(len(layouts)), Team.of_shards(2), one_plan, torch.device("cuda"))
     assert {bucket.plan for bucket in schedule.buckets} == {plan}
 
 
