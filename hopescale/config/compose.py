@@ -7,6 +7,7 @@ of `configs/` picks a file; everything else sets a value. All mistakes are repor
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -58,8 +59,11 @@ def load_config(overrides: Sequence[str]) -> Config:
                     "configs", configs_folder(), f"could not be composed ({error})", "repair the YAML file it names"
                 )
             ) from error
+    problems += _bare_words(composed)
+    tree, misplaced = _with_values(composed, values)
+    problems += misplaced
     try:
-        config = validate(_with_values(composed, values))
+        config = validate(tree)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -76,7 +80,8 @@ def validate(tree: Any) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([problem for e in error.errors() for problem in _problems(tree, dict(e))]) from None
+        errors = [dict(e) for e in error.errors()]
+        raise ConfigError([p for e in errors if not _follows(e, errors) for p in _problems(tree, e)]) from None
     problems = list(cross_section_problems(config))
     if problems:
         raise ConfigError(problems)
@@ -95,9 +100,10 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         for o in parsed
         if o.key_or_group in _groups()
     ]
-    if problems:
-        raise ConfigError(problems)
-    return validate(_with_values(OmegaConf.create(to_tree(config)), parsed))
+    tree, misplaced = _with_values(OmegaConf.create(to_tree(config)), parsed)
+    if problems or misplaced:
+        raise ConfigError([*problems, *misplaced])
+    return validate(tree)
 
 
 def to_tree(config: Config) -> dict[str, Any]:
@@ -120,21 +126,49 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
             parsed.append(override)
         except (HydraException, ValueError) as error:
             reason = str(error).splitlines()[0]
-            problems.append(Problem("override", text, f"must be key=value ({reason})", "write section.field=value"))
+            dotted = re.sub(r"\[(\d+)\]", r".\1", text.partition("=")[0])
+            fix = f"write {dotted}=..." if dotted != text.partition("=")[0] else "write section.field=value"
+            problems.append(Problem("override", text, f"must be key=value ({reason})", fix))
     return parsed, problems
 
 
-def _with_values(tree: DictConfig, values: Sequence[Override]) -> Any:
-    """Set the values and leave OmegaConf; a value that refers to something must find it."""
+def _with_values(tree: DictConfig, values: Sequence[Override]) -> tuple[Any, list[Problem]]:
+    """Set the values, with a problem for each that has no place, and leave OmegaConf; references must lead on."""
     OmegaConf.set_struct(tree, False)
+    problems = []
+    for override in values:
+        try:
+            OmegaConf.update(tree, _field_meant(override), override.value(), merge=True, force_add=True)
+        except (OmegaConfBaseException, TypeError) as error:
+            rule = f"names an entry that its list does not have ({str(error).splitlines()[0]})"
+            fix = "count entries from 0, or write the whole list"
+            problems.append(Problem(override.key_or_group, override.value(), rule, fix))
     try:
-        for override in values:
-            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
-        return OmegaConf.to_container(tree, resolve=True)
+        return OmegaConf.to_container(tree, resolve=True), problems
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "configuration"
         rule = f"refers to something that is not there ({str(error).splitlines()[0]})"
         raise ConfigError(Problem(field, "${...}", rule, f"write the value of {field} itself")) from None
+
+
+def _field_meant(override: Override) -> str:
+    """Where a value goes: a word for a section that has a short form is for that field, and leaves the others alone."""
+    key = override.key_or_group
+    short = _short_form(key.split("."))
+    return f"{key}.{short}" if short is not None and isinstance(override.value(), str) else key
+
+
+def _short_form(path: list[str]) -> str | None:
+    return getattr(_section_at(path), "SHORT_FORM", None)
+
+
+def _bare_words(tree: DictConfig) -> Iterator[Problem]:
+    """Short forms in files: laid over another file, one would undo whatever else that one says of the section."""
+    for path in map(list, _all_fields(Config)):
+        short, field = _short_form(path), ".".join(path)
+        word = None if short is None else OmegaConf.select(tree, field)
+        if isinstance(word, str):
+            yield Problem(field, word, "is a section, whose short form no file may use", f"write {{{short}: {word}}}")
 
 
 def _groups() -> dict[str, list[str]]:
@@ -172,11 +206,46 @@ def _problems(tree: Any, error: dict[str, Any]) -> list[Problem]:
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}" if known else "remove it"
         return [Problem(field, error["input"], "is not a field of the configuration", fix)]
     rule = error["msg"].removeprefix("Value error, ")
-    section = isinstance(error["input"], dict | list | BaseModel)
-    value = _value_at(tree, path) if section else error["input"]
+    section = isinstance(error["input"], dict | BaseModel)
     between_fields = section and error["type"] == "value_error"
-    fix = "change one of the fields it names" if between_fields else f"set {field} to a value that fits"
+    value = None if error["type"] == "missing" else error["input"]
+    value = _named_in(rule, _value_at(tree, path)) if between_fields else value
+    fix = "change one of the fields it names" if between_fields else f"set {_wanted(path, error)}"
     return [Problem(field, value, _sentence(rule), fix)]
+
+
+def _follows(error: dict[str, Any], errors: Sequence[dict[str, Any]]) -> bool:
+    """Whether a list is only too short because entries of it are wrong, which other errors say."""
+    place = error["loc"]
+    inside = (other["loc"] for other in errors if other is not error)
+    return error["type"] == "too_short" and any(loc[: len(place)] == place for loc in inside)
+
+
+WANTED = {
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text, in quotes if it looks like a number",
+    "tuple_type": "a list, like [a,b]",
+    "too_short": "a list of at least {min_length}",
+    "literal_error": "{expected}",
+    "missing": "a value, for it has no default",
+}
+"""Kind of pydantic error -> what would fit; a field without is one whose rule says it."""
+
+
+def _wanted(path: list[str], error: dict[str, Any]) -> str:
+    """The field, and what to set it to."""
+    field = ".".join(path)
+    if first := next(iter(_fields_at(path)), None):
+        return f"its fields, like {field}.{first}"
+    bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in error.get("ctx", {}).items()}
+    return f"{field} to " + WANTED.get(error["type"], "what fits this rule").format(**bounds)
 
 
 def _sentence(rule: str) -> str:
@@ -186,10 +255,21 @@ def _sentence(rule: str) -> str:
 def _value_at(tree: Any, path: list[str]) -> Any:
     for part in path:
         tree = tree.get(part) if isinstance(tree, dict) else tree
-    return "the section" if isinstance(tree, dict) else tree
+    return tree
+
+
+def _named_in(rule: str, section: Any) -> Any:
+    """The fields of a section that a rule speaks of."""
+    given = section.items() if isinstance(section, dict) else ()
+    return {name: value for name, value in given if re.search(rf"\b{re.escape(name)}\b", rule)} or "the section"
 
 
 def _fields_at(path: list[str]) -> Iterator[str]:
+    yield from getattr(_section_at(path), "model_fields", {})
+
+
+def _section_at(path: list[str]) -> Any:
+    """The schema of a section, or of what a list holds; anything else of a field that is no section."""
     model: Any = Config
     for part in path:
         if part.isdigit():
@@ -199,7 +279,7 @@ def _fields_at(path: list[str]) -> Iterator[str]:
             model = info.annotation if info is not None else None
             if isinstance(model, UnionType):  # an optional section
                 model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), None)
-    yield from getattr(model, "model_fields", {})
+    return model
 
 
 def _all_fields(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -24,7 +24,7 @@ def require(rules: Iterable[Rule]) -> None:
     """Raise one error for all rules that do not hold; the composer takes it apart again."""
     broken = [rule for holds, *rule in rules if not holds]
     if broken:
-        text = "; ".join(f"{field}={value} {rule}" for field, value, rule, _ in broken)
+        text = "; ".join(f"{field}={value} {rule} (fix: {fix})" for field, value, rule, fix in broken)
         raise PydanticCustomError("rules", "{text}", {"text": text, "problems": broken})
 
 

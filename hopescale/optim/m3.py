@@ -21,8 +21,8 @@ from .newton_schulz import shape_factor
 from .orthogonaliser import Orthogonaliser, agree, group_of, orthogonalisers
 from .pipeline import Turns, take_turns
 from .planner import Schedule
-from .schema import OptimizerConfig
-from .state import check_group, check_state, local, make_state, take_over, time_scales
+from .schema import M3Config
+from .state import check_gradients, check_group, check_state, local, make_state, take_over, time_scales
 
 Place = tuple[int, int]
 """(group, number in the group) of a parameter."""
@@ -31,9 +31,15 @@ Place = tuple[int, int]
 class M3(torch.optim.Optimizer):
     """M3 and AdamW behind one `step`.
 
-    Groups need the keys `params` and `algorithm` ("m3" or "adamw") and may have `lr`, `weight_decay`, `betas` (of
-    adamw), `period` and `name`. A matrix is (parameter, leading index): leading dims of an m3 parameter are a batch of
-    matrices. Decay is decoupled: w <- w (1 - lr decay) first.
+    Groups need the keys `params` and `algorithm` ("m3" or "adamw") and may have `lr`, `lr_scale` (factor on the
+    configuration's lr, for a group without its own), `weight_decay`, `betas` (of adamw), `period`, and `name` and
+    `param_names`, which errors say; without, they count groups and parameters from 0. A matrix is (parameter, leading
+    index): leading dims of an m3 parameter are a batch of matrices, those of a convolution's kernel too, which is
+    better given to adamw. Decay is decoupled: w <- w (1 - lr decay) first.
+
+    It takes steps, and that is all: clip gradients before `step`, and set `lr` of the groups by any scheduler. Of an
+    `OptimizerConfig` it reads what `M3Config` has; `clip`, `schedule`, `groups` and `routes` are for whoever makes the
+    groups and calls `step`, the trainer for example.
 
     A group of `period` C (default 1) fires on every C-th step: it then moves once, on the sum of the C gradients and at
     the rate of that step. In between they wait in the state `period_sum`. Decay, Adam's corrections and the pulse of
@@ -49,22 +55,27 @@ class M3(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        config: OptimizerConfig,
+        config: M3Config,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Check the groups and make their state.
 
         Args:
             groups: of parameters.
-            config: settings; `lr` and `weight_decay` are for groups that have none of their own.
+            config: settings; `lr`, `weight_decay` and `adam`'s betas are for groups that have none of their own.
             process_group: ranks that hold the parameters together. None takes the ranks of the mesh of each DTensor;
                 plain parameters that ranks hold copies of are orthogonalised once only with a group.
 
         Raises:
+            TypeError: the configuration is no `M3Config`.
             ValueError: a group without parameters, in no order, of an unknown algorithm or option, or with a period,
-                rate, decay or betas out of range; a parameter twice, complex, of integers, or in an m3 group with fewer
-                than 2 dims or none of its numbers; a placement that M3 does not know; a plan that cannot be used.
+                rate, decay or betas out of range; a parameter twice, not of fp64, fp32, bf16 or fp16, or in an m3 group
+                with fewer than 2 dims or none of its numbers; a placement that M3 does not know; a plan that cannot be
+                used.
         """
+        if not isinstance(config, M3Config):
+            kind = type(config).__name__
+            raise TypeError(f"M3 got a {kind} for its config, which must be an M3Config; write M3Config(lr=...)")
         self.config = config
         self.process_group = process_group
         self._teams: list[tuple[Orthogonaliser, list[Place]]] | None = None
@@ -81,7 +92,9 @@ class M3(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and make its state; raises as the constructor does, and adds nothing then."""
-        check_group(param_group)
+        check_group(param_group, self.param_groups)
+        if "lr_scale" in param_group:
+            param_group.setdefault("lr", self.config.lr * param_group["lr_scale"])
         if param_group["algorithm"] == "m3":
             param_group["time_scales"] = time_scales(self.config)
         else:
@@ -107,8 +120,9 @@ class M3(torch.optim.Optimizer):
         """Take over state and options.
 
         Raises:
-            ValueError: the state is of other levels, another form, algorithm, period or shape; nothing is taken over
-                then.
+            ValueError: the state is of other groups or parameters, periods of levels, form, buffers, algorithm, period
+                or shape; nothing is taken over then. Rates, decay and betas come with it; eta, theta, weights, drain
+                and how matrices are orthogonalised do not, and are those of this optimizer.
         """
         check_state(state_dict, self, self.config)
         own = {parameter: self.state[parameter] for group in self.param_groups for parameter in group["params"]}
@@ -148,11 +162,15 @@ class M3(torch.optim.Optimizer):
                 reduction of one number. If they are not, nothing moves, neither parameters nor state.
             report_in: steps from this one to the next report; a group whose last firing until then is this one leaves
                 in `moved` how far it moved, at the cost of a copy of one parameter at a time. None for no report.
+
+        Raises:
+            TypeError: a sparse gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_gradients(self.param_groups)
         self.skipped = not (self._all_finite() if finite is None else finite)
         if self.skipped:
             self.moved = [None] * len(self.param_groups)

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .newton_schulz import shape_factor, steps_of
-from .schema import OptimizerConfig
+from .schema import M3Config
 
 
 def m3_reference(
     weight: Float[Tensor, "r c"],
     gradients: Sequence[Float[Tensor, "r c"]],
-    config: OptimizerConfig,
+    config: M3Config,
     lr: float,
     weight_decay: float,
 ) -> Float[Tensor, "r c"]:
@@ -40,7 +40,7 @@ def m3_reference(
     return weight
 
 
-def orthogonalise_reference(matrix: Float[Tensor, "r c"], config: OptimizerConfig) -> Float[Tensor, "r c"]:
+def orthogonalise_reference(matrix: Float[Tensor, "r c"], config: M3Config) -> Float[Tensor, "r c"]:
     """Newton-Schulz as it is written, on the side the matrix happens to have."""
     x = matrix / matrix.norm().clamp_min(1e-30)
     for a, b, c in steps_of(config.newton_schulz.coefficients, config.newton_schulz.steps):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schema import MomentumLevel, OptimizerConfig, PaperConfig
+from .schema import M3Config, MomentumLevel, PaperConfig
 
 States = dict[str, list[Tensor]]
 """State name -> local tensors, one a parameter."""
 
 
-def state_names(config: OptimizerConfig) -> list[str]:
+def state_names(config: M3Config) -> list[str]:
     """What a parameter of an m3 group keeps, each of its shape, fp32."""
     if config.form == "paper":
         second = ["second_moment"] if config.paper_form.denominator == "elementwise" else []
@@ -27,7 +27,7 @@ def state_names(config: OptimizerConfig) -> list[str]:
     return [*momenta, *(f"buffer_{n}" for n in slow), *total]
 
 
-def waits_in_host_memory(name: str, config: OptimizerConfig) -> bool:
+def waits_in_host_memory(name: str, config: M3Config) -> bool:
     """Whether a state is needed only when a slow level fires, and is to wait in host memory until then."""
     if config.slow_levels != "offloaded" or config.form == "paper":
         return False
@@ -35,11 +35,11 @@ def waits_in_host_memory(name: str, config: OptimizerConfig) -> bool:
     return name in {f"momentum_{n}" for n in slow} | {f"buffer_{n}" for n in slow[1:]}
 
 
-def _slow_levels(config: OptimizerConfig) -> list[int]:
+def _slow_levels(config: M3Config) -> list[int]:
     return [n for n, level in enumerate(config.levels) if level.period > 1]
 
 
-def advance_levels(config: OptimizerConfig, firing: int, gradients: list[Tensor], states: States) -> list[Tensor]:
+def advance_levels(config: M3Config, firing: int, gradients: list[Tensor], states: States) -> list[Tensor]:
     """Advance all levels by one gradient and return the directions, in tensors of their own.
 
     Args:
@@ -75,7 +75,7 @@ def _add_up(total: list[Tensor], parts: list[Tensor] | tuple[Tensor, ...], weigh
     return total
 
 
-def _advance_slow(config: OptimizerConfig, firing: int, gradients: list[Tensor], states: States) -> None:
+def _advance_slow(config: M3Config, firing: int, gradients: list[Tensor], states: States) -> None:
     """Let gradients wait in the buffers, and drain those of the levels that are due.
 
     Plain buffers each take in every gradient. Cascaded ones take in what the level before drained, which is the same
@@ -96,16 +96,14 @@ def _advance_slow(config: OptimizerConfig, firing: int, gradients: list[Tensor],
             torch._foreach_zero_(buffers)
 
 
-def _drain(
-    config: OptimizerConfig, level: MomentumLevel, firing: int, buffers: list[Tensor], momenta: list[Tensor]
-) -> None:
+def _drain(config: M3Config, level: MomentumLevel, firing: int, buffers: list[Tensor], momenta: list[Tensor]) -> None:
     # The first drain holds one gradient: every level fires on firing 0.
     waited = level.period if firing and config.drain == "mean" else 1
     torch._foreach_mul_(momenta, level.eta)
     torch._foreach_add_(momenta, buffers, alpha=level.theta / waited)
 
 
-def _advance_offloaded(config: OptimizerConfig, firing: int, gradients: list[Tensor], states: States) -> None:
+def _advance_offloaded(config: M3Config, firing: int, gradients: list[Tensor], states: States) -> None:
     """The same with three tensors a parameter on the device whatever the number of levels: momentum, buffer, slow sum.
 
     Other momenta and buffers come from host memory when the first slow level fires, and go back.

@@ -19,7 +19,7 @@ from .plans.block import orthogonalise_pieces
 from .plans.gram import orthogonalise_by_gram
 from .plans.whole import orthogonalise_whole
 from .plans.work import Task, Work
-from .schema import NewtonSchulzConfig, OptimizerConfig
+from .schema import M3Config, NewtonSchulzConfig
 from .shard_map import Layout, Team, layout_of, team_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Orthogonaliser:
         self,
         layouts: Sequence[Layout],
         team: Team,
-        config: OptimizerConfig,
+        config: M3Config,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -100,7 +100,7 @@ class Orthogonaliser:
 
 
 def schedule_for(
-    layouts: Sequence[Layout], members: Sequence[int], team: Team, config: OptimizerConfig, device: torch.device
+    layouts: Sequence[Layout], members: Sequence[int], team: Team, config: M3Config, device: torch.device
 ) -> Schedule:
     """The schedule of some parameters on a kind of device.
 
@@ -111,13 +111,13 @@ def schedule_for(
     return make_schedule(layouts, members, team, newton_schulz, config.plan, costs)
 
 
-def with_plan(config: OptimizerConfig, strategy: Literal["auto"] | PlanName) -> OptimizerConfig:
+def with_plan(config: M3Config, strategy: Literal["auto"] | PlanName) -> M3Config:
     """The same with another strategy than block_periodic for all matrices."""
     plan = config.plan.model_copy(update={"strategy": strategy, "block_period": None})
     return config.model_copy(update={"plan": plan})
 
 
-def with_precision(config: OptimizerConfig, device: torch.device) -> NewtonSchulzConfig:
+def with_precision(config: M3Config, device: torch.device) -> NewtonSchulzConfig:
     """The same with `auto` resolved for a device: bf16 where it multiplies bf16 itself.
 
     Without a CUDA device at hand, planning for one takes it to be one that does.
@@ -162,7 +162,7 @@ def group_of(parameter: Tensor, group: dist.ProcessGroup | None) -> dist.Process
 
 
 def orthogonalisers(
-    named: Sequence[tuple[str, Tensor]], config: OptimizerConfig, group: dist.ProcessGroup | None
+    named: Sequence[tuple[str, Tensor]], config: M3Config, group: dist.ProcessGroup | None
 ) -> list[tuple[Orthogonaliser, list[int]]]:
     """Parameters by the team that holds them, as an orthogonaliser each, with their places in `named`.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from hopescale.model.schema import Rule, require
 
 SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -39,9 +42,10 @@ class NewtonSchulzConfig(BaseModel):
     """Iterations; past the end of the table it starts over, or repeats the last where that is made for it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of its matrix products: bf16 errs by 1e-2 and is several times faster where the device multiplies bf16 itself
-    (CUDA, CPUs with AVX-512 BF16 or AMX), which is where auto takes it; fp32 gives the same on every machine."""
-    restart: Annotated[int, Field(ge=0, le=20)] = 0
-    """In the Gram form, iterations after which the Gram matrix is computed anew; 0 for 5, which fp32 allows."""
+    (CUDA, CPUs with AVX-512 BF16 or AMX), which is where auto takes it, unless plan.strategy=gram or a restart is set:
+    these are fp32's, and so is auto then; fp32 gives the same on every machine."""
+    restart: Annotated[int, Field(ge=0, le=5)] = 0
+    """In the Gram form, iterations after which the Gram matrix is computed anew; 0 for 5, the most that fp32 allows."""
 
 
 class PlanConfig(BaseModel):
@@ -50,8 +54,11 @@ class PlanConfig(BaseModel):
     model_config = SECTION
 
     strategy: Literal["auto", "local", "owner", "replicated", "gram", "gather", "block_periodic"] = "auto"
-    """auto takes the exact plan that the cost model finds fastest; block_periodic is inexact: each rank orthogonalises
-    its own pieces, and whole matrices only every block_period steps."""
+    """auto considers local, owner, replicated for whole matrices that several ranks hold, and in fp32 gram, for those
+    over 1.5 times as long as wide whose long side alone is cut and for which it sends fewer bytes than owner; of these
+    it takes the fastest by the cost model. It never takes gather, which repeats all work on every rank, or
+    block_periodic, which is inexact: each rank orthogonalises its own pieces, and whole matrices only every
+    block_period steps, which must be given."""
     bucket_mib: PositiveFloat = 64.0
     """Largest fp32 size in MiB of one rank's pieces that are exchanged at once; buckets overlap with each other."""
     gram_wire: Literal["fp32", "bf16"] = "fp32"
@@ -67,21 +74,35 @@ class PlanConfig(BaseModel):
     across_bandwidth: PositiveFloat | None = None
     """Cost model: bytes a second that a rank sends to other replicas; null for the device's usual."""
     flops: PositiveFloat | None = None
-    """Cost model: operations a second of one rank's Newton-Schulz; null for the device's usual."""
+    """Cost model: operations a second of one rank's Newton-Schulz in fp32; null for the device's usual."""
+    flops_bf16: PositiveFloat | None = None
+    """Cost model: operations a second of one rank's Newton-Schulz in bf16; null for the device's usual."""
+
+    SHORT_FORM: ClassVar[str] = "strategy"
+    """Field that a word for the whole section is for: `optimizer.plan=owner` sets the strategy and nothing else."""
 
     @model_validator(mode="before")
     @classmethod
     def _strategy_alone(cls, given: Any) -> Any:
-        """`optimizer.plan=owner` is short for `optimizer.plan.strategy=owner`."""
-        return {"strategy": given} if isinstance(given, str) else given
+        return {cls.SHORT_FORM: given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _block_period_where_used(self) -> PlanConfig:
-        if (self.strategy == "block_periodic") != (self.block_period is not None):
-            raise ValueError(
-                f"block_period={self.block_period} with strategy={self.strategy}: block_periodic needs it, and no "
-                "other strategy takes it"
-            )
+        periodic, period = self.strategy == "block_periodic", self.block_period
+        missing = "is missing: strategy=block_periodic needs the steps from one exact step to the next"
+        surplus = f"is of strategy=block_periodic alone, and the strategy is {self.strategy}"
+        require(
+            [
+                (
+                    not periodic or period is not None,
+                    "block_period",
+                    period,
+                    missing,
+                    "set optimizer.plan.block_period=5, say",
+                ),
+                (periodic or period is None, "block_period", period, surplus, "leave it out, or set that strategy"),
+            ]
+        )
         return self
 
 
@@ -141,10 +162,9 @@ class GroupConfig(BaseModel):
 
     @model_validator(mode="after")
     def _betas_are_of_adamw(self) -> GroupConfig:
-        if self.algorithm == "m3" and (self.beta1 is not None or self.beta2 is not None):
-            raise ValueError(
-                "beta1 and beta2 are adamw's: this group's algorithm is m3, whose momentum is optimizer.levels"
-            )
+        rule = "is adamw's, and this group's algorithm is m3, whose momentum is optimizer.levels"
+        betas = {"beta1": self.beta1, "beta2": self.beta2}
+        require((self.algorithm != "m3" or b is None, name, b, rule, "leave it out") for name, b in betas.items())
         return self
 
 
@@ -180,9 +200,9 @@ class GroupsConfig(BaseModel):
 
     @model_validator(mode="after")
     def _vectors_by_adamw(self) -> GroupsConfig:
-        for name in ("vectors", "embeddings"):
-            if getattr(self, name).algorithm == "m3":
-                raise ValueError(f"{name}.algorithm must be adamw: m3 orthogonalises matrices")
+        kinds = {name: getattr(self, name).algorithm for name in ("vectors", "embeddings")}
+        rule = "must be adamw: m3 orthogonalises matrices"
+        require((kind != "m3", f"{name}.algorithm", kind, rule, "leave it out") for name, kind in kinds.items())
         return self
 
 
@@ -229,13 +249,13 @@ class ScheduleConfig(BaseModel):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> ScheduleConfig:
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} + decay={self.decay} must be at most 1")
+        rule = f"leaves no room for decay={self.decay}: of one run they may be at most 1 together"
+        require([(self.warmup + self.decay <= 1, "warmup", self.warmup, rule, "lower one of them")])
         return self
 
 
-class OptimizerConfig(BaseModel):
-    """One optimizer, an algorithm per group."""
+class M3Config(BaseModel):
+    """All that `M3` itself reads. Clipping, schedule and routing are no part of an optimizer: see `OptimizerConfig`."""
 
     model_config = SECTION
 
@@ -250,7 +270,7 @@ class OptimizerConfig(BaseModel):
     levels: Annotated[tuple[MomentumLevel, ...], Field(strict=False, min_length=1)] = (
         MomentumLevel(period=1, eta=0.9, theta=0.1),
     )
-    """Time scales of M3's momentum, fastest first; the first must have period 1."""
+    """Time scales of M3's momentum; the first must have period 1, and the others any, in any order."""
     drain: Literal["sum", "mean"] = "mean"
     """Whether a slow level takes in the sum or the mean of the gradients that waited."""
     nesterov: bool = False
@@ -266,51 +286,68 @@ class OptimizerConfig(BaseModel):
     newton_schulz: NewtonSchulzConfig = NewtonSchulzConfig()
     plan: PlanConfig = PlanConfig()
     adam: AdamConfig = AdamConfig()
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        require([*self._level_rules(), *self._form_rules(), *self._newton_schulz_rules()])
+        return self
+
+    def _level_rules(self) -> Iterator[Rule]:
+        periods, offloaded = [level.period for level in self.levels], self.slow_levels == "offloaded"
+        rule, fix = "must be 1: the first level steps every step", "put a level of period 1 before the others"
+        yield periods[0] == 1, "levels.0.period", periods[0], rule, fix
+        nested = self.buffers != "cascaded" or not any(slow % fast for fast, slow in pairwise(periods))
+        rule = f"needs periods that divide each other in order, and the levels have {periods}"
+        yield nested, "buffers", self.buffers, rule, "set optimizer.buffers=plain, or periods like 1, 4, 16"
+        rule = f"needs buffers=cascaded, and they are {self.buffers}: else slow buffers would be touched every step"
+        cascaded = not offloaded or self.buffers == "cascaded"
+        yield cascaded, "slow_levels", self.slow_levels, rule, "set optimizer.buffers=cascaded, or leave it out"
+        rule = f"needs a level with a period above 1, and the levels have {periods}"
+        yield not offloaded or max(periods) > 1, "slow_levels", self.slow_levels, rule, "add a level, or leave it out"
+
+    def _form_rules(self) -> Iterator[Rule]:
+        given, rule = self.paper_form.model_dump(exclude_defaults=True), f"is ignored with form={self.form}"
+        yield self.form == "paper" or not given, "paper_form", given, rule, "set optimizer.form=paper, or leave it out"
+        fix = "leave it out, or begin with optimizer=m3_paper"
+        for name in OF_LEVELS:
+            value = getattr(self, name)
+            used = self.form == "levels" or value == type(self).model_fields[name].default
+            yield used, name, list(map(dict, value)) if name == "levels" else value, rule, fix
+
+    def _newton_schulz_rules(self) -> Iterator[Rule]:
+        strategy, (restart, steps) = self.plan.strategy, (self.newton_schulz.restart, self.newton_schulz.steps)
+        rounded, bf16 = self.plan.gram_wire == "bf16", self.newton_schulz.precision == "bf16"
+        used, rule = not rounded or strategy in ("auto", "gram"), f"is ignored with plan.strategy={strategy}"
+        yield used, "plan.gram_wire", "bf16", rule, "leave it out"
+        rule = f"needs newton_schulz.restart of 1 or 2, below its steps, and has restart={restart}, steps={steps}: "
+        rule += "without, a rounded Gram matrix blows up"
+        allowed = not rounded or not used or (1 <= restart <= 2 and restart < steps)
+        yield allowed, "plan.gram_wire", "bf16", rule, "set optimizer.newton_schulz.restart=2, or leave it out"
+        rule = "is ignored with plan.strategy=gram, which computes in fp32"
+        yield strategy != "gram" or not bf16, "newton_schulz.precision", "bf16", rule, "leave it out"
+        rule = "is ignored with newton_schulz.precision=bf16, whose plain form computes every Gram matrix anew"
+        yield (
+            not restart or not bf16,
+            "newton_schulz.restart",
+            restart,
+            rule,
+            "leave it out, or set optimizer.newton_schulz.precision=fp32",
+        )
+
+
+OF_LEVELS = ("levels", "drain", "nesterov", "buffers", "slow_levels")
+"""Settings of form=levels alone."""
+
+
+class OptimizerConfig(M3Config):
+    """One optimizer, an algorithm per group, and what a training step does around it.
+
+    `M3` reads none of the fields that this adds: `parameter_groups` reads `groups` and `routes`, and the training step
+    clips and sets the rates.
+    """
+
     groups: GroupsConfig = GroupsConfig()
     routes: Annotated[tuple[RouteConfig, ...], Field(strict=False)] = ()
     """Rules that come before the built-in ones, first match first; each must name a parameter."""
     clip: ClipConfig = ClipConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-
-    @model_validator(mode="after")
-    def _settings_fit_together(self) -> OptimizerConfig:
-        periods = [level.period for level in self.levels]
-        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
-        strategy, precision = self.plan.strategy, self.newton_schulz.precision
-        restart, rounded = self.newton_schulz.restart, self.plan.gram_wire == "bf16"
-        rules = {
-            f"levels[0].period={periods[0]} must be 1: the fastest level steps every step": periods[0] != 1,
-            f"buffers=cascaded needs periods that divide each other in order; levels have {periods}": (
-                self.buffers == "cascaded" and any(slow % fast for fast, slow in pairwise(periods))
-            ),
-            "slow_levels=offloaded needs buffers=cascaded, or slow buffers would be touched every step": (
-                self.slow_levels == "offloaded" and self.buffers != "cascaded"
-            ),
-            f"slow_levels=offloaded needs a level with a period above 1; levels have {periods}": (
-                self.slow_levels == "offloaded" and max(periods) == 1
-            ),
-            "paper_form is only used with form=paper": self.form == "levels" and "paper_form" in changed,
-            f"form=paper does not use {', '.join(sorted(changed & OF_LEVELS))}; leave them out": (
-                self.form == "paper" and bool(changed & OF_LEVELS)
-            ),
-            "plan.gram_wire=bf16 needs newton_schulz.restart of 1 or 2, below its steps: without, a rounded Gram "
-            f"matrix blows up; restart={restart}, steps={self.newton_schulz.steps}": (
-                rounded and not (1 <= restart <= 2 and restart < self.newton_schulz.steps)
-            ),
-            f"plan.gram_wire=bf16 is not used by plan.strategy={strategy}; leave it out": (
-                rounded and strategy not in ("auto", "gram")
-            ),
-            "newton_schulz.precision=bf16 is not used by plan.strategy=gram, which computes in fp32; leave it out": (
-                strategy == "gram" and precision == "bf16"
-            ),
-            f"newton_schulz.restart={restart} is not used by newton_schulz.precision=bf16, whose plain form computes "
-            "every Gram matrix anew; leave it out": bool(restart) and precision == "bf16",
-        }
-        broken = [rule for rule, is_broken in rules.items() if is_broken]
-        if broken:
-            raise ValueError("; ".join(broken))
-        return self
-
-
-OF_LEVELS = {"levels", "drain", "nesterov", "buffers", "slow_levels"}
-"""Settings of form=levels alone."""

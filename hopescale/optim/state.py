@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .momentum import state_names, waits_in_host_memory
-from .schema import OptimizerConfig
+from .schema import M3Config
 
 ALGORITHMS = ("m3", "adamw")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of parameters; what is computed with them is fp32."""
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedulers leave in a group."""
 OPTIONS = (
@@ -40,16 +43,12 @@ def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's piece of a gradient, placed as the parameter is; one that is placed otherwise is brought there."""
     gradient = parameter.grad
     assert gradient is not None
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"M3 got a gradient of layout {gradient.layout}; it takes dense ones: make the module's not sparse"
-        )
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)
     return local(gradient)
 
 
-def make_state(parameter: Tensor, group: Mapping[str, Any], config: OptimizerConfig) -> dict[str, Tensor]:
+def make_state(parameter: Tensor, group: Mapping[str, Any], config: M3Config) -> dict[str, Tensor]:
     """The zero state of one parameter. AdamW's `step` is a tensor so that it is saved like the rest, on the host."""
     zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in _names(group, config)}
     for name in zeros:
@@ -59,7 +58,7 @@ def make_state(parameter: Tensor, group: Mapping[str, Any], config: OptimizerCon
     return zeros | (counted if group["algorithm"] == "adamw" else {})
 
 
-def _names(group: Mapping[str, Any], config: OptimizerConfig) -> list[str]:
+def _names(group: Mapping[str, Any], config: M3Config) -> list[str]:
     own = ["exp_avg", "exp_avg_sq"] if group["algorithm"] == "adamw" else state_names(config)
     return [*own, "period_sum"] if group["period"] > 1 else own
 
@@ -72,7 +71,7 @@ def _in_host_memory(tensor: Tensor) -> Tensor:
     return host
 
 
-def time_scales(config: OptimizerConfig) -> str:
+def time_scales(config: M3Config) -> str:
     """What the state of an m3 group can be gone on with, as text that a state dict keeps."""
     if config.form == "paper":
         return f"paper, period {config.paper_form.period}, {config.paper_form.momentum}"
@@ -80,13 +79,40 @@ def time_scales(config: OptimizerConfig) -> str:
     return f"levels of periods {periods}, {config.buffers} buffers, {config.slow_levels}"
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all gradients are dense.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for index, group in enumerate(groups):
+        for number, parameter in enumerate(group["params"]):
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {_parameter(group, number)} of {_label(group, index)} has a gradient of layout "
+                    f"{parameter.grad.layout}; M3 takes dense ones: make the module's not sparse"
+                )
+
+
+def _label(group: Mapping[str, Any], index: int) -> str:
+    return f"optimizer group {group.get('name', index)}"
+
+
+def _parameter(group: Mapping[str, Any], number: int) -> str | int:
+    return group["param_names"][number] if group.get("param_names") else number
+
+
+def check_group(group: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
     """Check a parameter group, and make a list of its parameters.
+
+    Args:
+        group: new.
+        others: before it.
 
     Raises:
         ValueError: as `M3` says.
     """
-    name = f"optimizer group {group.get('name', 'unnamed')}"
+    name = _label(group, len(others))
     if "params" not in group:
         raise ValueError(f"{name} has no key params; it must hold the group's parameters")
     if isinstance(group["params"], set):
@@ -105,16 +131,13 @@ def check_group(group: dict[str, Any]) -> None:
     _check_numbers(name, group)
     if len(group.get("param_names", group["params"])) != len(group["params"]):
         raise ValueError(f"{name} has {len(group['param_names'])} param_names for {len(group['params'])} parameters")
-    if len(set(map(id, group["params"]))) < len(group["params"]):
-        raise ValueError(f"{name} holds a parameter twice; name it once")
-    for parameter in group["params"]:
-        shape = tuple(parameter.shape)
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} holds a {parameter.dtype} parameter of shape {shape}; only real floats train")
+    _check_each_once(name, group, others)
+    for number, parameter in enumerate(group["params"]):
+        what = f"parameter {_parameter(group, number)} of shape {tuple(parameter.shape)}"
+        if parameter.dtype not in DTYPES:
+            raise ValueError(f"{name} holds {what} in {parameter.dtype}; M3 trains {', '.join(map(str, DTYPES))} alone")
         if group["algorithm"] == "m3" and (parameter.ndim < 2 or not parameter.numel()):
-            raise ValueError(
-                f"{name} holds a {parameter.ndim}-D parameter of shape {shape}; m3 takes matrices: give it to adamw"
-            )
+            raise ValueError(f"{name} holds {what}; m3 takes matrices: give it to adamw")
 
 
 def _check_numbers(name: str, group: Mapping[str, Any]) -> None:
@@ -122,52 +145,84 @@ def _check_numbers(name: str, group: Mapping[str, Any]) -> None:
         value = group.get(option, least)
         if type(value) is not int or value < least:
             raise ValueError(f"{name} has {option} {value!r}; it must be a whole number of at least {least}")
-    for option in ("lr", "weight_decay"):
+    for option in ("lr", "lr_scale", "weight_decay"):
         value = group.get(option, 0.0)
-        if not float(value) >= 0 or float(value) == float("inf"):
+        if not isinstance(value, Real | Tensor) or not 0 <= float(value) < float("inf"):
             raise ValueError(f"{name} has {option} {value!r}; it must be a number of at least 0")
     betas = group.get("betas")
     if betas is not None and group["algorithm"] == "m3":
         raise ValueError(f"{name} has betas {betas!r}, which are adamw's; m3's are optimizer.levels: leave them out")
-    if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    if betas is not None and not _are_betas(betas):
         raise ValueError(f"{name} has betas {betas!r}; they must be two numbers of at least 0 and below 1")
 
 
-def check_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+def _are_betas(betas: Any) -> bool:
+    pair = isinstance(betas, list | tuple) and len(betas) == 2
+    return pair and all(isinstance(beta, Real | Tensor) and 0 <= float(beta) < 1 for beta in betas)
+
+
+def _check_each_once(name: str, group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    seen = {
+        id(parameter): f"parameter {_parameter(other, number)} of {_label(other, index)} too"
+        for index, other in enumerate(others)
+        for number, parameter in enumerate(other["params"])
+    }
+    for number, parameter in enumerate(group["params"]):
+        what = f"parameter {_parameter(group, number)}"
+        if id(parameter) in seen:
+            raise ValueError(f"{name} holds a parameter twice: its {what} is {seen[id(parameter)]}; name it once")
+        seen[id(parameter)] = f"its {what} too"
+
+
+def check_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer, config: M3Config) -> None:
     """Check that a state dict is of an optimizer like this one.
 
     Raises:
-        ValueError: it has other groups, or other states than these groups keep, of other levels for example.
+        ValueError: it is no optimizer's, or has other groups, or other states than these groups keep, of other levels
+            for example.
     """
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(f"state dict lacks {' and '.join(missing)}: it is not that of an optimizer")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"state of {len(saved_groups)} optimizer groups does not fit an optimizer of {len(groups)}")
-    for group, saved_group in zip(groups, saved_groups, strict=True):
-        name = group.get("name", "unnamed")
-        for option in ("algorithm", "period", "time_scales"):
-            if saved_group.get(option) != group.get(option):
-                raise ValueError(
-                    f"optimizer group {name} was saved with {option} {saved_group.get(option)!r} and has "
-                    f"{group.get(option)!r}; load it with the settings it was saved with"
-                )
-        if "num_steps" not in saved_group or len(saved_group["params"]) != len(group["params"]):
-            raise ValueError(f"saved optimizer group {name} lacks num_steps, or has another number of parameters")
-        expected = {*_names(group, config)} | ({"step"} if group["algorithm"] == "adamw" else set())
-        for place, number in enumerate(saved_group["params"]):
-            parameter = (group.get("param_names") or range(len(group["params"])))[place]
-            where = f"saved state of parameter {parameter} in optimizer group {name}"
-            saved = state_dict["state"].get(number, {})
+    for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_saved_group(_label(group, index), group, saved_group)
+        for number, saved_number in enumerate(saved_group["params"]):
+            parameter, saved = group["params"][number], state_dict["state"].get(saved_number, {})
+            where = f"saved state of parameter {_parameter(group, number)} in {_label(group, index)}"
+            expected = {*_names(group, config)} | ({"step"} if group["algorithm"] == "adamw" else set())
             lacks, surplus = sorted(expected - set(saved)), sorted(set(saved) - expected)
             if lacks or surplus:
                 raise ValueError(
                     f"{where} lacks {', '.join(lacks) or 'nothing'}, has {', '.join(surplus) or 'nothing'} too much: "
                     f"it is of another optimizer than this one, {time_scales(config)}"
                 )
-            own = optimizer.state[group["params"][place]]
+            own = optimizer.state[parameter]
             wrong = [key for key in expected if saved[key].shape != own[key].shape]
             if wrong:
                 shapes = f"{tuple(saved[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
                 raise ValueError(f"{where} has {wrong[0]} of shape {shapes}: it is of another model")
+
+
+def _check_saved_group(name: str, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    for option in ("algorithm", "period", "time_scales"):
+        if saved.get(option) != group.get(option):
+            raise ValueError(
+                f"{name} was saved with {option} {saved.get(option)!r} and has {group.get(option)!r}; load it with "
+                "the settings it was saved with"
+            )
+    if "num_steps" not in saved:
+        raise ValueError(f"{name} was saved without num_steps: its state is not that of an M3")
+    if len(saved["params"]) != len(group["params"]):
+        here, there = (group.get("param_names") or (), saved.get("param_names") or ())
+        odd = sorted(set(here) ^ set(there)) if here and there else []
+        raise ValueError(
+            f"{name} was saved with {len(saved['params'])} parameters and has {len(group['params'])}"
+            + (f"; not in both are {', '.join(odd)}" if odd else "")
+            + ": it is of another model"
+        )
 
 
 def take_over(

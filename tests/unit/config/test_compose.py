@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import shutil
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hopescale.config import compose
 from hopescale.config.compose import (
     configs_folder,
     load_config,
@@ -220,9 +223,9 @@ def test_a_value_of_the_wrong_kind_is_named(override: str, field: str, words: st
             "model.block_pattern",
             "writes no memory",
         ),
-        (["optimizer.schedule.warmup=0.6", "optimizer.schedule.decay=0.6"], "optimizer.schedule", "at most 1"),
-        (["optimizer.levels=[{period: 2}]"], "optimizer", "levels[0].period=2 must be 1"),
-        (["optimizer.groups.vectors.algorithm=m3"], "optimizer.groups", "vectors.algorithm must be adamw"),
+        (["optimizer.schedule.warmup=0.6", "optimizer.schedule.decay=0.6"], "optimizer.schedule.warmup", "at most 1"),
+        (["optimizer.levels=[{period: 2}]"], "optimizer.levels.0.period", "must be 1"),
+        (["optimizer.groups.vectors.algorithm=m3"], "optimizer.groups.vectors.algorithm", "must be adamw"),
         (["run.early_stop.patience=2"], "run.early_stop.patience", "train.eval_every=0"),
         (["train.micro_batch=17"], "train.micro_batch", "train.global_batch=16"),
         (
@@ -236,13 +239,65 @@ def test_a_value_of_the_wrong_kind_is_named(override: str, field: str, words: st
             "at most 8 different periods",
         ),
         (["metrics.token_file=x", "metrics.listen=off"], "metrics.token_file", "ignored"),
-        (["optimizer.groups.embeddings.algorithm=m3"], "optimizer.groups", "embeddings.algorithm must be adamw"),
+        (["optimizer.groups.embeddings.algorithm=m3"], "optimizer.groups.embeddings.algorithm", "must be adamw"),
+        (["optimizer.plan=block_periodic"], "optimizer.plan.block_period", "is missing: strategy=block_periodic needs"),
+        (["optimizer.plan.block_period=5"], "optimizer.plan.block_period", "the strategy is auto"),
+        (["optimizer.plan.gram_wire=bf16", "optimizer.plan=owner"], "optimizer.plan.gram_wire", "plan.strategy=owner"),
+        (["optimizer.plan=fastest"], "optimizer.plan.strategy", "'auto'"),
+        (["optimizer.levels.1.eta=0.5"], "optimizer.levels.1.eta", "its list does not have"),
+        (["optimizer.levels.first.eta=0.5"], "optimizer.levels.first.eta", "its list does not have"),
+        (["optimizer.levels=[{period: 0}]"], "optimizer.levels.0.period", "greater than 0"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_named(overrides: list[str], field: str, words: str) -> None:
     found = problem(*overrides)
     assert found.field == field
     assert words in found.rule
+
+
+@pytest.mark.parametrize("fields", [["bucket_mib=3"], ["bucket_mib=3", "latency=0.5"], []])
+def test_a_word_for_the_plan_leaves_its_other_fields_alone_whatever_the_order(fields: list[str]) -> None:
+    others = [f"optimizer.plan.{field}" for field in fields]
+    expected = load_config(["optimizer.plan.strategy=owner", *others])
+    assert expected.optimizer.plan.strategy == "owner"
+    for orders in (["optimizer.plan=owner", *others], [*others, "optimizer.plan=owner"]):
+        assert load_config(orders) == with_overrides(load_config([]), orders) == expected
+    assert load_config(["optimizer.plan=gather", *others, "optimizer.plan=owner"]) == expected
+
+
+def test_a_word_for_the_plan_and_what_it_needs_may_come_in_any_order() -> None:
+    for orders in (("=block_periodic", ".block_period=5"), (".block_period=5", "=block_periodic")):
+        plan = load_config([f"optimizer.plan{order}" for order in orders]).optimizer.plan
+        assert (plan.strategy, plan.block_period) == ("block_periodic", 5)
+
+
+def test_a_file_may_not_use_a_short_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(configs_folder(), folder)
+    (folder / "optimizer" / "mine.yaml").write_text("plan: owner\n")
+    monkeypatch.setattr(compose, "configs_folder", lambda: folder)
+    found = problem("optimizer=mine", "optimizer.plan.bucket_mib=3")
+    assert (found.field, found.value, found.fix) == ("optimizer.plan", "owner", "write {strategy: owner}")
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("optimizer.lr=-1.0", "set optimizer.lr to a number above 0"),
+        ("optimizer.levels=[{eta: 1.5}]", "set optimizer.levels.0.eta to a number below 1"),
+        ("parallel.precision=fp16", "set parallel.precision to 'fp32' or 'bf16'"),
+        ("train.steps=abc", "set train.steps to a whole number"),
+        ("optimizer.clip=global", "set its fields, like optimizer.clip.mode"),
+        ("optimizer.levels[0].eta=0.5", "write optimizer.levels.0.eta=..."),
+    ],
+)
+def test_a_fix_says_what_would_fit(override: str, fix: str) -> None:
+    assert problem(override).fix == fix
+
+
+def test_a_rule_between_fields_shows_the_fields_it_names() -> None:
+    found = problem("model.memory.retention=false", "model.memory.retention_bias=3.0")
+    assert (found.field, found.value) == ("model.memory", {"retention": False, "retention_bias": 3.0})
 
 
 def test_attention_heads_do_not_matter_without_attention() -> None:

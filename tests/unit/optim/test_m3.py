@@ -376,6 +376,24 @@ def test_a_zero_gradient_only_decays() -> None:
     torch.testing.assert_close(found, normal(6, 4) * 0.95)
 
 
+@pytest.mark.parametrize("finite", [None, True])
+def test_a_sparse_gradient_is_refused_by_parameter_before_anything_moves(finite: bool | None) -> None:
+    table, matrix = nn.Embedding(8, 6, sparse=True), nn.Parameter(normal(6, 4))
+    groups: list[dict[str, Any]] = [
+        {"params": [("matrix", matrix)], "algorithm": "m3"},
+        {"params": [("table", table.weight)], "algorithm": "adamw", "name": "embeddings"},
+    ]
+    optimizer = M3(groups, config())
+    matrix.grad = normal(6, 4)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(
+        TypeError, match=r"parameter table of optimizer group embeddings has a gradient of layout .*coo"
+    ):
+        optimizer.step(finite=finite)
+    assert torch.equal(matrix, normal(6, 4))
+    assert [group["num_steps"] for group in optimizer.param_groups] == [0, 0]
+
+
 def test_the_first_step_goes_downhill() -> None:
     for nesterov in (False, True):
         found, _ = train(torch.zeros(6, 4), [normal(6, 4, seed=4)], config(nesterov=nesterov))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hopescale.optim.schema import GroupsConfig, OptimizerConfig, PlanConfig
+from hopescale.optim.newton_schulz import LONGEST_SEGMENT
+from hopescale.optim.schema import GroupsConfig, M3Config, OptimizerConfig, PlanConfig
 
 BF16_WIRE = {"plan": {"gram_wire": "bf16"}}
 
@@ -25,8 +26,8 @@ def refusal(fields: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"levels": levels(2)}, ["levels[0].period=2", "must be 1", "every step"]),
-        ({"levels": levels(8, 1)}, ["levels[0].period=8", "must be 1"]),
+        ({"levels": levels(2)}, ["levels.0.period=2", "must be 1", "every step", "fix: put a level of period 1"]),
+        ({"levels": levels(8, 1)}, ["levels.0.period=8", "must be 1"]),
         (
             {"buffers": "cascaded", "levels": levels(1, 4, 6)},
             ["buffers=cascaded", "divide each other in order", "[1, 4, 6]"],
@@ -37,38 +38,47 @@ def refusal(fields: dict[str, Any]) -> str:
             {"slow_levels": "offloaded", "buffers": "cascaded", "levels": levels(1, 1)},
             ["slow_levels=offloaded", "a level with a period above 1", "[1, 1]"],
         ),
-        ({"paper_form": {"period": 10}}, ["paper_form", "only used with form=paper"]),
-        ({"form": "paper", "levels": levels(1)}, ["form=paper does not use levels", "leave them out"]),
+        ({"paper_form": {"period": 10}}, ["paper_form={'period': 10}", "ignored with form=levels"]),
+        (
+            {"form": "paper", "levels": levels(1)},
+            ["levels=[{'period': 1, ", "is ignored with form=paper", "leave it out"],
+        ),
         (
             {"form": "paper", "nesterov": True, "drain": "sum"},
-            ["form=paper does not use drain, nesterov", "leave them out"],
+            ["drain=sum is ignored with form=paper", "nesterov=True is ignored with form=paper", "leave it out"],
         ),
         (BF16_WIRE, ["plan.gram_wire=bf16", "newton_schulz.restart of 1 or 2", "blows up"]),
         (BF16_WIRE | {"newton_schulz": {"restart": 3}}, ["plan.gram_wire=bf16", "restart of 1 or 2", "restart=3"]),
         (BF16_WIRE | {"newton_schulz": {"restart": 2, "steps": 2}}, ["restart=2, steps=2"]),
         (
             {"plan": {"gram_wire": "bf16", "strategy": "owner"}, "newton_schulz": {"restart": 2}},
-            ["plan.gram_wire=bf16 is not used by plan.strategy=owner"],
+            ["plan.gram_wire=bf16 is ignored with plan.strategy=owner"],
         ),
         (
             {"plan": "gram", "newton_schulz": {"precision": "bf16"}},
-            ["precision=bf16 is not used by plan.strategy=gram"],
+            ["precision=bf16 is ignored with plan.strategy=gram"],
         ),
-        ({"newton_schulz": {"restart": 2, "precision": "bf16"}}, ["restart=2 is not used by newton_schulz.precision"]),
-        ({"plan": "block_periodic"}, ["block_period=None", "strategy=block_periodic", "needs it"]),
-        ({"plan": {"block_period": 3}}, ["block_period=3", "strategy=auto", "no other strategy takes it"]),
-        ({"plan": {"strategy": "owner", "block_period": 3}}, ["block_period=3", "strategy=owner"]),
+        (
+            {"newton_schulz": {"restart": 2, "precision": "bf16"}},
+            ["restart=2 is ignored with newton_schulz.precision=bf16"],
+        ),
+        (
+            {"plan": "block_periodic"},
+            ["block_period=None is missing", "strategy=block_periodic needs", "block_period=5"],
+        ),
+        ({"plan": {"block_period": 3}}, ["block_period=3 is of strategy=block_periodic alone", "strategy is auto"]),
+        ({"plan": {"strategy": "owner", "block_period": 3}}, ["block_period=3", "strategy is owner"]),
         (
             {"groups": {"cms": {"beta1": 0.8}}},
-            ["groups.cms", "beta1 and beta2 are adamw's", "algorithm is m3", "optimizer.levels"],
+            ["groups.cms", "beta1=0.8 is adamw's", "algorithm is m3", "optimizer.levels"],
         ),
         ({"groups": {"titan": {"algorithm": "m3", "beta2": 0.8}}}, ["groups.titan", "algorithm is m3"]),
         (
             {"groups": {"vectors": {"algorithm": "m3"}}},
-            ["vectors.algorithm must be adamw", "m3 orthogonalises matrices"],
+            ["vectors.algorithm=m3 must be adamw", "m3 orthogonalises matrices"],
         ),
-        ({"groups": {"embeddings": {"algorithm": "m3"}}}, ["embeddings.algorithm must be adamw"]),
-        ({"schedule": {"warmup": 0.6, "decay": 0.5}}, ["warmup=0.6 + decay=0.5", "at most 1"]),
+        ({"groups": {"embeddings": {"algorithm": "m3"}}}, ["embeddings.algorithm=m3 must be adamw"]),
+        ({"schedule": {"warmup": 0.6, "decay": 0.5}}, ["warmup=0.6", "decay=0.5", "at most 1 together"]),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_by_field_value_and_rule(
@@ -81,7 +91,7 @@ def test_settings_that_do_not_fit_together_are_refused_by_field_value_and_rule(
 
 def test_all_broken_rules_are_told_at_once() -> None:
     message = refusal({"levels": levels(2, 3), "buffers": "cascaded", "paper_form": {"period": 10}})
-    for word in ("levels[0].period=2", "divide each other in order", "paper_form"):
+    for word in ("levels.0.period=2", "divide each other in order", "paper_form"):
         assert word in message
 
 
@@ -125,6 +135,7 @@ def test_settings_that_fit_are_taken(fields: dict[str, Any]) -> None:
         ("newton_schulz.steps", 21),
         ("newton_schulz.precision", "fp16"),
         ("newton_schulz.restart", -1),
+        ("newton_schulz.restart", LONGEST_SEGMENT + 1),
         ("plan.strategy", "ring"),
         ("plan.bucket_mib", 0.0),
         ("plan.gram_wire", "fp16"),
@@ -134,6 +145,7 @@ def test_settings_that_fit_are_taken(fields: dict[str, Any]) -> None:
         ("plan.across_latency", -1.0),
         ("plan.across_bandwidth", 0.0),
         ("plan.flops", 0.0),
+        ("plan.flops_bf16", 0.0),
         ("paper_form.period", 0),
         ("paper_form.alpha", -1.0),
         ("paper_form.momentum", "sgd"),
@@ -172,6 +184,19 @@ def test_a_plan_may_be_given_by_its_strategy_alone(strategy: str) -> None:
 
 def test_an_unknown_strategy_given_alone_is_refused_by_its_field() -> None:
     assert "plan.strategy" in refusal({"plan": "fastest"})
+
+
+def test_what_a_bare_m3_would_ignore_is_no_field_of_its_configuration() -> None:
+    trainers = {"clip": {"max_norm": 1.0}, "schedule": {"warmup": 0.2}, "groups": {}, "routes": []}
+    OptimizerConfig.model_validate(trainers)
+    for name, value in trainers.items():
+        with pytest.raises(ValidationError, match=name):
+            M3Config.model_validate({name: value})
+    assert set(OptimizerConfig.model_fields) == set(M3Config.model_fields) | set(trainers)
+
+
+def test_gram_matrices_may_be_used_as_long_as_fp32_allows() -> None:
+    assert OptimizerConfig.model_validate({"newton_schulz": {"restart": LONGEST_SEGMENT}})
 
 
 def test_groups_keep_their_own_defaults_whatever_is_given() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.optim.m3 import M3
-from hopescale.optim.schema import OptimizerConfig
+from hopescale.optim.schema import M3Config, OptimizerConfig
 from hopescale.optim.state import OPTIONS, SCHEDULERS
 
 LEVELS = [
@@ -210,6 +210,41 @@ def test_state_that_lacks_a_parameter_is_refused() -> None:
         two.optimizer.load_state_dict(saved)
 
 
+def test_state_of_other_parameters_is_refused_by_their_number_and_names() -> None:
+    one, two = Trained(), Trained()
+    saved = copy.deepcopy(one.optimizer.state_dict())
+    saved["param_groups"][0].update(params=[0], param_names=["a"])
+    with pytest.raises(
+        ValueError, match="group cms was saved with 1 parameters and has 2; not in both are b: it is of"
+    ):
+        two.optimizer.load_state_dict(saved)
+    del saved["param_groups"][0]["param_names"]
+    with pytest.raises(ValueError, match="group cms was saved with 1 parameters and has 2: it is of another model"):
+        two.optimizer.load_state_dict(saved)
+    del saved["param_groups"][0]["num_steps"]
+    with pytest.raises(ValueError, match="group cms was saved without num_steps"):
+        two.optimizer.load_state_dict(saved)
+
+
+def test_what_is_no_state_dict_is_refused() -> None:
+    with pytest.raises(ValueError, match="state dict lacks state and param_groups: it is not that of an optimizer"):
+        Trained().optimizer.load_state_dict({})
+
+
+def test_how_a_level_decays_may_change_between_saving_and_loading() -> None:
+    other = [level | {"eta": 0.5, "theta": 0.5, "weight": 2.0} for level in LEVELS]
+    one, two = (
+        M3([{"params": [matrix()], "algorithm": "m3"}], M3Config.model_validate(fields))
+        for fields in ({"levels": LEVELS}, {"levels": other, "drain": "sum"})
+    )
+    one.param_groups[0]["params"][0].grad = normal(6, 4, seed=1)
+    one.step()
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    (mine,), (theirs,) = two.state.values(), one.state.values()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert mine["momentum_0"].any()
+
+
 def test_state_of_other_shapes_is_refused() -> None:
     one = M3([{"name": "cms", "params": [nn.Parameter(normal(6, 4))], "algorithm": "m3"}], config())
     two = M3([{"name": "cms", "params": [nn.Parameter(normal(6, 5))], "algorithm": "m3"}], config())
@@ -228,7 +263,7 @@ TWICE = matrix()
     ("groups", "words"),
     [
         ([{"name": "cms", "params": [], "algorithm": "m3"}], r"group cms has no parameters; leave the group out"),
-        ([{"params": [matrix()]}], r"group unnamed has algorithm None; it must be one of m3, adamw"),
+        ([{"params": [matrix()]}], r"group 0 has algorithm None; it must be one of m3, adamw"),
         ([{"name": "cms", "params": [matrix()], "algorithm": "muon"}], r"group cms has algorithm 'muon'"),
         (
             [{"name": "cms", "params": [matrix()], "algorithm": "m3", "momentum": 0.9, "beta": 1}],
@@ -239,13 +274,27 @@ TWICE = matrix()
         ([{"params": [nn.Parameter(torch.ones(3, 3, dtype=torch.complex128))], "algorithm": "adamw"}], r"complex128"),
         (
             [{"name": "cms", "params": [nn.Parameter(normal(3))], "algorithm": "m3"}],
-            r"group cms holds a 1-D parameter of shape \(3,\); m3 takes matrices: give it to adamw",
+            r"group cms holds parameter 0 of shape \(3,\); m3 takes matrices: give it to adamw",
+        ),
+        (
+            [
+                {"params": [("w", matrix())], "algorithm": "m3"},
+                {"params": [("b", nn.Parameter(normal(3)))], "algorithm": "m3"},
+            ],
+            r"group 1 holds parameter b of shape \(3,\)",
+        ),
+        (
+            [{"params": [nn.Parameter(normal(3, 3).to(torch.float8_e4m3fn))], "algorithm": "adamw"}],
+            r"parameter 0 of shape \(3, 3\) in torch.float8_e4m3fn; M3 trains torch.float64, .*torch.float16 alone",
         ),
         ([{"params": [nn.Parameter(torch.empty(0, 4))], "algorithm": "m3"}], r"shape \(0, 4\); m3 takes matrices"),
-        ([{"name": "cms", "params": [TWICE, TWICE], "algorithm": "m3"}], r"group cms holds a parameter twice"),
+        (
+            [{"name": "cms", "params": [TWICE, TWICE], "algorithm": "m3"}],
+            r"cms holds a parameter twice: .* 1 is its parameter 0",
+        ),
         (
             [{"params": [TWICE], "algorithm": "m3"}, {"params": [TWICE], "algorithm": "adamw"}],
-            r"more than one parameter group",
+            r"group 1 holds a parameter twice: its parameter 0 is parameter 0 of optimizer group 0 too; name it once",
         ),
         ([{"params": [matrix() * 2], "algorithm": "m3"}], r"non-leaf"),
         *[
@@ -305,6 +354,9 @@ def test_all_options_are_taken() -> None:
     [
         ({"lr": -1.0}, "lr -1.0; it must be a number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay nan"),
+        ({"lr": "x"}, "lr 'x'; it must be a number"),
+        ({"lr_scale": -2.0}, "lr_scale -2.0; it must be a number"),
+        ({"betas": 0.9, "algorithm": "adamw"}, "betas 0.9; they must be two numbers"),
         ({"betas": (1.5, 0.9), "algorithm": "adamw"}, r"betas \(1.5, 0.9\)"),
         ({"betas": (0.5, 0.9)}, "which are adamw's"),
         ({"period": True}, "period True; it must be a whole number"),
@@ -315,6 +367,21 @@ def test_all_options_are_taken() -> None:
 def test_options_out_of_range_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         M3([{"params": [matrix()], "algorithm": "m3"} | fields], config())
+
+
+def test_what_is_no_configuration_is_refused_by_its_kind() -> None:
+    settings: Any = {"lr": 1e-3}
+    with pytest.raises(TypeError, match=r"got a dict for its config, which must be an M3Config; write M3Config\(lr"):
+        M3([{"params": [matrix()], "algorithm": "m3"}], settings)
+
+
+def test_a_group_may_scale_the_rate_of_the_configuration() -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": [matrix()], "algorithm": "m3"},
+        {"params": [matrix()], "algorithm": "m3", "lr_scale": 3.0},
+        {"params": [matrix()], "algorithm": "adamw", "lr_scale": 3.0, "lr": 0.5},
+    ]
+    assert [group["lr"] for group in M3(groups, M3Config(lr=0.1)).param_groups] == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_a_set_of_parameters_has_no_order_and_named_ones_keep_their_names() -> None:
