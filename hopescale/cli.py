@@ -106,7 +106,10 @@ def plan(
     copies: Annotated[int, typer.Option(min=1, help="Copies of the sharded model (HSDP).")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Count parameters, FLOPs and bytes of a clip, and plan the optimizer's work, without data or a built model."""
+    """Count parameters, FLOPs and bytes of a clip, and plan the optimizer's work, without data or a built model.
+
+    The work is planned for CUDA devices, or for CPUs with parallel.device=cpu.
+    """
     from hopescale.config.compose import load_config
     from hopescale.plan.model import describe_plan, plan_model
     from hopescale.plan.optimizer import plan_optimizer

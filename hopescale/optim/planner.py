@@ -51,12 +51,19 @@ class Costs(NamedTuple):
     across_bandwidth: float
     """Bytes a second that one rank sends to other replicas."""
     flops: float
-    """Operations a second of the products of Newton-Schulz, on one rank."""
+    """Operations a second of the products of Newton-Schulz in fp32, on one rank."""
+    flops_bf16: float
+    """The same in bf16."""
+
+    def flops_in(self, precision: str) -> float:
+        """Operations a second in a precision."""
+        return self.flops_bf16 if precision == "bf16" else self.flops
 
 
-CPU = Costs(latency=3e-4, bandwidth=1e9, across_latency=5e-4, across_bandwidth=1e9, flops=1e11)
-CUDA = Costs(latency=3e-5, bandwidth=1e11, across_latency=6e-5, across_bandwidth=2e10, flops=1e14)
-"""Orders of magnitude of an NVLink node with one 200 Gb/s link a GPU; not measured by us."""
+CPU = Costs(latency=3e-4, bandwidth=1e9, across_latency=5e-4, across_bandwidth=1e9, flops=1e11, flops_bf16=4e11)
+"""Orders of magnitude of a few cores that multiply bf16 themselves; the ratio of the two rates is measured."""
+CUDA = Costs(latency=3e-5, bandwidth=1e11, across_latency=6e-5, across_bandwidth=2e10, flops=2e13, flops_bf16=1e14)
+"""Orders of magnitude of an NVLink node with one 200 Gb/s link a GPU, fp32 without TF32; not measured by us."""
 
 
 def costs_of(config: PlanConfig, device_type: str) -> Costs:
@@ -211,8 +218,9 @@ class Schedule:
         chosen = range(len(self.buckets)) if buckets is None else buckets
         exchanges = [sent for bucket in chosen for sent in self.traffic[bucket]]
         costs, ranks = self.costs, range(self.team.size)
+        rate = costs.flops_in(self.newton_schulz.precision)
         return (
-            max((sum(self.flops[bucket][rank] for bucket in chosen) for rank in ranks), default=0) / costs.flops
+            max((sum(self.flops[bucket][rank] for bucket in chosen) for rank in ranks), default=0) / rate
             + sum(costs.across_latency if any(sent.across) else costs.latency for sent in exchanges)
             + max(sum(sent.inside[rank] for sent in exchanges) for rank in ranks) / costs.bandwidth
             + max(sum(sent.across[rank] for sent in exchanges) for rank in ranks) / costs.across_bandwidth
@@ -264,12 +272,18 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of some parameters.
 
+    "auto" considers these, and takes what the cost model finds fastest: whole matrices stay local, are replicated or go
+    to owners; cut ones go to owners, or those that `_prefers_gram` names take the Gram plan; copies of the model share
+    the work out or repeat it. The model's seconds are rough, and bytes and operations are not: so the Gram plan where
+    it sends more than owners, or loses precision, and gather, which repeats everything on every rank, are not
+    considered even where their seconds are fewer.
+
     Args:
         layouts: of all parameters.
         members: which of them, by their place.
         team: the ranks that hold them.
         newton_schulz: how a matrix is orthogonalised; `precision` is not "auto" any more.
-        config: the strategy, forced or "auto", which takes the candidate that the cost model finds fastest.
+        config: the strategy, forced or "auto".
         costs: the cost model.
 
     Raises:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
+
+from hopescale.errors import ConfigError, Problem
 
 from .schema import OptimizerConfig
 
@@ -41,29 +43,54 @@ def route(parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> 
     """Sort named parameters into groups by the rules; what m3 cannot orthogonalise in its group goes to `embeddings`.
 
     Raises:
-        ValueError: a parameter that no rule names, or a rule of the configuration that names no parameter.
+        ConfigError: parameters that no rule names, or rules of the configuration that name no parameter.
     """
     own = [(rule.pattern, rule.group) for rule in config.routes]
-    unused = dict(own)
+    unused, nameless = dict(own), []
     routes = []
     for name, parameter in parameters:
         matching = ((pattern, group) for pattern, group in (*own, *RULES) if fnmatchcase(name, pattern))
         pattern, group = next(matching, ("", None))
         unused.pop(pattern, None)
         if group is None:
-            raise ValueError(f"no routing rule names parameter {name}; add one to hopescale/optim/routing.py")
+            nameless.append(name)
+            continue
         if getattr(config.groups, group).algorithm == "m3":
             if parameter.ndim < 2:
                 group = "vectors"
             elif min(parameter.shape[-2:]) < SHORTEST_SIDE:
                 group = "embeddings"
         routes.append(Route(name, tuple(parameter.shape), group))
-    if unused:
-        names = ", ".join(unused)
-        raise ValueError(
-            f"optimizer.routes has patterns that no parameter of this model is left for: {names}; drop them"
-        )
+    if unused or nameless:
+        raise ConfigError([*_unused_problem(unused), *_nameless_problem(nameless, config)])
     return routes
+
+
+def _unused_problem(patterns: Collection[str]) -> Iterator[Problem]:
+    if patterns:
+        rule = "names no parameter of this model, or none that the routes before it leave"
+        yield Problem("optimizer.routes", ", ".join(patterns), rule, "correct these patterns, or drop their routes")
+
+
+def _nameless_problem(names: Sequence[str], config: OptimizerConfig) -> Iterator[Problem]:
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        rule = f"says no group for {shown}, and neither do the built-in rules"
+        fix = f"add a route like {{pattern: {names[0]}, group: projections}}"
+        yield Problem("optimizer.routes", _patterns(config), rule, fix)
+
+
+def _idle_problem(asked: Sequence[str], config: OptimizerConfig) -> Problem:
+    rule = f"leaves m3 without a matrix: its groups {', '.join(asked)} own no parameter of this model"
+    if not config.routes:
+        return Problem("optimizer.groups", f"m3 for {', '.join(asked)}", rule, "set optimizer=adamw")
+    return Problem(
+        "optimizer.routes", _patterns(config), rule, "route fewer parameters elsewhere, or set optimizer=adamw"
+    )
+
+
+def _patterns(config: OptimizerConfig) -> str:
+    return ", ".join(f"{route.pattern} -> {route.group}" for route in config.routes) or "[]"
 
 
 def parameter_groups(
@@ -80,7 +107,7 @@ def parameter_groups(
             another period P than their group make a group of their own, GROUP_P, with all other settings of GROUP.
 
     Raises:
-        ValueError: m3 is asked for and would own no parameter at all.
+        ConfigError: m3 is asked for and would own no parameter at all; or as `route` says.
     """
     named = dict(parameters)
     routes = route(named.items(), config)
@@ -109,7 +136,7 @@ def parameter_groups(
             )
     asked = [name for name, settings in config.groups if settings.algorithm == "m3"]
     if asked and not any(group["algorithm"] == "m3" for group in groups):
-        raise ValueError(f"m3 is asked for groups {', '.join(asked)}, but this model has no parameters in them")
+        raise ConfigError(_idle_problem(asked, config))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""A schedule in figures and as text; FLOPs and bytes are those of the rank that has most."""
+"""A schedule in figures and as text; FLOPs and bytes are those of the rank that has most of what a line speaks of."""
 
 from __future__ import annotations
 
@@ -42,11 +42,17 @@ def _shapes(schedule: Schedule, members: Iterable[int]) -> dict[str, int]:
 
 def schedule_table(schedule: Schedule) -> str:
     """One line a bucket, under what the cost model takes the machine to do."""
-    team, costs = schedule.team, schedule.costs
-    where = f"{team.num_slots} ranks" if team.num_replicas == 1 else f"{team.num_slots} x {team.num_replicas} ranks"
+    team, costs, precision = schedule.team, schedule.costs, schedule.newton_schulz.precision
+    where = (
+        "1 rank"
+        if team.size == 1
+        else f"{team.num_slots} ranks"
+        if team.num_replicas == 1
+        else f"{team.num_slots} x {team.num_replicas} ranks"
+    )
     lines = [
         f"Newton-Schulz of {figures_of(schedule)['matrices']} matrices on {where}, "
-        f"{schedule.newton_schulz.precision}, busiest rank, by {costs.flops / 1e12:g} TFLOP/s and "
+        f"{precision}, busiest rank of each line, by {costs.flops_in(precision) / 1e12:g} TFLOP/s and "
         f"{costs.latency * 1e6:g} us + {costs.bandwidth / 1e9:g} GB/s an exchange"
         + (
             f", {costs.across_latency * 1e6:g} us + {costs.across_bandwidth / 1e9:g} GB/s between copies"
@@ -59,7 +65,8 @@ def schedule_table(schedule: Schedule) -> str:
         shapes = ", ".join(f"{count} of {shape}" for shape, count in row["shapes"].items())
         lines.append(f"{table_row(row['plan'], row)}  {shapes}")
     if len(schedule.buckets) > 1:
-        lines.append(table_row("together", figures_of(schedule)))
+        # Another rank may be the busiest of another bucket.
+        lines.append(table_row("together", figures_of(schedule)) + "  busiest rank over all lines, less than their sum")
     return "\n".join(lines)
 
 

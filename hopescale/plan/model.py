@@ -15,19 +15,23 @@ from hopescale.model.memory_flops import Flops
 from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.passes import Pass, active_frames
 from hopescale.optim.m3 import M3
+from hopescale.optim.momentum import waits_in_host_memory
 from hopescale.optim.routing import parameter_groups
 
 from .activations import clip_bytes
 
 GRADIENT_BYTES = 4
 STORED = ("parameters", "gradients", "optimizer_state")
+HOST = "host_state"
+"""What optimizer.slow_levels=offloaded leaves in host memory."""
 
 
 def plan_model(config: Config) -> dict[str, Any]:
     """All figures of one model, unsharded, and of one clip as long as the model or `data.frames` allows.
 
     Returns:
-        `parameters`; `groups`, one row an optimizer group; `bytes` of the model as it trains; `clip`; of one clip
+        `parameters`; `groups`, one row an optimizer group; `bytes` of the model as it trains, their total without
+        `host_state`, which is in no device's memory; `clip`; of one clip
         `branches` of the objective, `flops_reference`, `flops_executed` and `bytes_per_clip`, the last two None with
         `model.compat`, whose arithmetic is another; `curriculum`, these figures again from each of its phases on.
     """
@@ -39,7 +43,7 @@ def plan_model(config: Config) -> dict[str, Any]:
     return {
         "parameters": sum(group["parameters"] for group in groups),
         "groups": groups,
-        "bytes": stored | {"total": sum(stored.values())},
+        "bytes": stored | {"total": sum(stored.values()), HOST: sum(group[f"{HOST}_bytes"] for group in groups)},
         "clip": {
             "frames": frames,
             "transitions": frames - 1,
@@ -59,9 +63,12 @@ def _groups(config: Config) -> list[dict[str, Any]]:
     optimizer, rows = M3(groups, config.optimizer), []
     for group in optimizer.param_groups:
         numbers = sum(p.numel() for p in group["params"])
-        # AdamW's step counts stay on the host.
-        kept = (state.items() for state in (optimizer.state[p] for p in group["params"]))
-        state = sum(tensor.nbytes for items in kept for name, tensor in items if name != "step")
+        kept, on_host = 0, 0
+        for name, tensor in (item for p in group["params"] for item in optimizer.state[p].items()):
+            if group["algorithm"] == "m3" and waits_in_host_memory(name, config.optimizer):
+                on_host += tensor.nbytes
+            elif name != "step":  # AdamW's counts, which stay on the host too: 4 bytes a parameter
+                kept += tensor.nbytes
         rows.append(
             {
                 "name": group["name"],
@@ -69,7 +76,8 @@ def _groups(config: Config) -> list[dict[str, Any]]:
                 "parameters": numbers,
                 "parameters_bytes": sum(p.nbytes for p in group["params"]),
                 "gradients_bytes": numbers * GRADIENT_BYTES,
-                "optimizer_state_bytes": state,
+                "optimizer_state_bytes": kept,
+                f"{HOST}_bytes": on_host,
             }
         )
     return rows
@@ -98,11 +106,13 @@ def describe_plan(plan: dict[str, Any]) -> str:
     """The figures as text."""
     clip = plan["clip"]
     lines = [f"{plan['parameters']:,} parameters", ""]
-    lines.append(f"{'group':<14}{'algorithm':<11}{'parameters':>15}" + _columns(["bytes", "gradients", "optimizer"]))
+    stored = (*STORED, HOST) if plan["bytes"][HOST] else STORED
+    headers = ["bytes", "gradients", "optimizer", "on the host"][: len(stored)]
+    lines.append(f"{'group':<14}{'algorithm':<11}{'parameters':>15}" + _columns(headers))
     for row in plan["groups"]:
-        sizes = [_bytes(row[f"{name}_bytes"]) for name in STORED]
+        sizes = [_bytes(row[f"{name}_bytes"]) for name in stored]
         lines.append(f"{row['name']:<14}{row['algorithm']:<11}{row['parameters']:>15,}" + _columns(sizes))
-    lines.append(f"{'all':<25}{plan['parameters']:>15,}" + _columns([_bytes(plan["bytes"][name]) for name in STORED]))
+    lines.append(f"{'all':<25}{plan['parameters']:>15,}" + _columns([_bytes(plan["bytes"][name]) for name in stored]))
     lines += ["", f"One clip: {clip['frames']} frames of {clip['tokens_per_frame']} tokens"]
     if active := clip["cms_active_frames"]:
         lines[-1] += f"; CMS levels touch {', '.join(map(str, active))} of {clip['transitions']} frames"

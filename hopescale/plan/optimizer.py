@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,11 +17,16 @@ from hopescale.optim.schedule_table import bucket_figures, figures_of, schedule_
 from hopescale.optim.shard_map import Layout, Team, sharded
 from hopescale.parallel.fsdp import shard_dim
 
+DEVICES = {
+    "cuda": "Planned for CUDA devices (parallel.device=cpu plans for CPUs), with costs that optimizer.plan.* sets.",
+    "cpu": "Planned for CPUs, as parallel.device=cpu says, with costs that optimizer.plan.* sets.",
+}
+AUTO = "  one plan for all (auto takes gram in fp32 alone, for long matrices where it sends less, and never gather):"
 EXACT_PLANS: tuple[PlanName, ...] = tuple(plan for plan in get_args(PlanName) if plan != "block_periodic")
 
 
 def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[str, Any], str]:
-    """Newton-Schulz of one step in which all m3 groups fire; of CUDA devices unless parallel.device=cpu.
+    """Newton-Schulz of one step in which all m3 groups fire; on CUDA devices unless parallel.device=cpu.
 
     Args:
         config: of the run.
@@ -29,46 +34,71 @@ def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[s
         copies: of the sharded model.
 
     Raises:
-        ConfigError: a plan that the configuration forces cannot be used on some matrix.
+        ConfigError: a plan that the configuration forces cannot be used on some matrix, or as `m3_layouts` says.
 
     Returns:
-        Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; and `others`,
-        the totals of every other plan for all matrices, or why it cannot be used.
+        Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; `exact_step`,
+        the total of the exact steps of block_periodic, whose other figures are of the steps between, else None; and
+        `others`, the totals of every exact plan for all matrices, or why it cannot be used.
     """
     device = torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
     layouts, team = m3_layouts(config, shards), Team.of_shards(shards, copies)
     if not layouts:
-        return {"matrices": 0}, "Newton-Schulz: no group has algorithm m3"
+        return {"matrices": 0}, "Newton-Schulz: no group has algorithm m3; optimizer=m3 gives it some"
     schedule = _schedule(config, layouts, team, device)
-    lines = [schedule_table(schedule)]
+    lines = [DEVICES[device.type], schedule_table(schedule)]
+    exact, period = None, config.optimizer.plan.block_period
+    if period is not None:
+        exact = figures_of(_planned(config, "auto", layouts, team, device))
+        lines.append(f"  of {period} steps {period - 1} are as above, each rank on its own pieces, and one is exact:")
+        lines.append(table_row("exact step", exact))
     others: dict[str, Any] = {}
     for plan in EXACT_PLANS if team.size > 1 else ():
         try:
-            other = schedule_for(layouts, range(len(layouts)), team, with_plan(config.optimizer, plan), device)
-            others[plan] = figures_of(other)
-            lines.append(table_row(f"all {plan}", others[plan]))
+            other = _planned(config, plan, layouts, team, device)
         except ValueError as error:
             others[plan] = str(error)
-            lines.append(f"  all {plan:<12} cannot: " + str(error).removeprefix("optimizer.plan.").split(", but")[0])
+            text = f"  all {plan:<12} cannot: " + str(error).removeprefix("optimizer.plan.").split(", but")[0]
+        else:
+            precision = other.newton_schulz.precision
+            others[plan] = figures_of(other) | {"precision": precision}
+            text = table_row(f"all {plan}", others[plan])
+            text += f"  in {precision}" if precision != schedule.newton_schulz.precision else ""
+        lines += [*([] if len(others) > 1 else [AUTO]), text]
     figures = {
         "ranks": {"shards": shards, "copies": copies},
         "precision": schedule.newton_schulz.precision,
         "costs": {"device": device.type, **schedule.costs._asdict()},
         "buckets": bucket_figures(schedule),
         "total": figures_of(schedule),
+        "exact_step": exact,
         "others": others,
     }
     return figures, "\n".join(lines)
 
 
-def check_plan(config: Config, shards: int) -> None:
-    """Check that a plan which the configuration forces can be used on every matrix.
+def _planned(
+    config: Config, plan: Literal["auto"] | PlanName, layouts: Sequence[Layout], team: Team, device: torch.device
+) -> Schedule:
+    """The schedule of another strategy.
 
     Raises:
-        ConfigError: it cannot on some.
+        ValueError: it cannot be used.
     """
+    if plan == "gram" and config.optimizer.newton_schulz.precision == "bf16":
+        raise ValueError("optimizer.plan.strategy=gram computes in fp32, but newton_schulz.precision is bf16")
+    return schedule_for(layouts, range(len(layouts)), team, with_plan(config.optimizer, plan), device)
+
+
+def check_plan(config: Config, shards: int) -> None:
+    """Check that routing suits the model, and that a plan which the configuration forces can be used on every matrix.
+
+    Raises:
+        ConfigError: it does not, or it cannot on some.
+    """
+    layouts = m3_layouts(config, shards)
     if config.optimizer.plan.strategy != "auto":
-        _schedule(config, m3_layouts(config, shards), Team.of_shards(shards), torch.device("cpu"))
+        _schedule(config, layouts, Team.of_shards(shards), torch.device("cpu"))
 
 
 def _schedule(config: Config, layouts: Sequence[Layout], team: Team, device: torch.device) -> Schedule:
@@ -87,7 +117,11 @@ def _schedule(config: Config, layouts: Sequence[Layout], team: Team, device: tor
 
 
 def m3_layouts(config: Config, shards: int) -> list[Layout]:
-    """Layouts of all parameters in m3 groups, sharded as FSDP2 would."""
+    """Layouts of all parameters in m3 groups, sharded as FSDP2 would.
+
+    Raises:
+        ConfigError: as `parameter_groups` says.
+    """
     with torch.device("meta"):
         predictor = build_predictor(config.model)
     groups = parameter_groups(predictor.named_parameters(), config.optimizer, config.model.cms.parameter_periods)

@@ -83,3 +83,9 @@ def test_clips_shorter_than_the_model_allows_must_be_long_enough_for_its_memorie
     with pytest.raises(UserError) as caught:
         check(data, tmp_path, 1, *alone, *overrides)
     assert {problem.field for problem in caught.value.problems} == {field}
+
+
+def test_routes_that_do_not_suit_the_model_are_told_with_everything_else(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check(data, tmp_path, 2, "optimizer.routes=[{pattern: 'nothing*', group: titan}]", "model.memory.scope=batch")
+    assert {problem.field for problem in caught.value.problems} == {"optimizer.routes", "model.memory.scope"}

@@ -295,16 +295,20 @@ def test_copies_are_computed_once_or_everywhere_by_what_it_costs(costs: dict[str
 def test_costs_are_the_devices_but_for_those_given() -> None:
     assert costs_of(PlanConfig(), "cpu") == costs_of(PlanConfig(), "meta") == CPU
     assert costs_of(PlanConfig(), "cuda") == CUDA
-    given = PlanConfig(latency=0.0, bandwidth=2.0, across_latency=3.0, across_bandwidth=4.0, flops=5.0)
-    assert costs_of(given, "cuda") == Costs(0.0, 2.0, 3.0, 4.0, 5.0)
+    given = PlanConfig(latency=0.0, bandwidth=2.0, across_latency=3.0, across_bandwidth=4.0, flops=5.0, flops_bf16=6.0)
+    assert costs_of(given, "cuda") == Costs(0.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     assert costs_of(PlanConfig(flops=7.0), "cuda") == CUDA._replace(flops=7.0)
 
 
 def test_seconds_are_those_of_the_busiest_rank() -> None:
-    costs = Costs(latency=0.5, bandwidth=100.0, across_latency=0.25, across_bandwidth=10.0, flops=1000.0)
+    costs = Costs(
+        latency=0.5, bandwidth=100.0, across_latency=0.25, across_bandwidth=10.0, flops=1000.0, flops_bf16=4000.0
+    )
     layouts = [whole("w", (3, 8, 4))]
     alone = scheduled(layouts, Team.of_one(), costs=costs)
     assert alone.seconds() == pytest.approx(3 * matrix_flops(4, 8, FP32) / 1000)
+    rounded = scheduled(layouts, Team.of_one(), newton_schulz=BF16, costs=costs)
+    assert rounded.seconds() == pytest.approx(3 * matrix_flops(4, 8, BF16) / 4000)
     shared = scheduled(layouts, Team.of_copies(2), "replicated", costs=costs)
     # Two of three matrices on one rank, which sends both to the other.
     expected = 2 * matrix_flops(4, 8, FP32) / 1000 + 0.25 + 2 * 4 * 8 * 4 / 10

@@ -61,6 +61,27 @@ def test_optimizer_state_is_that_of_the_algorithm() -> None:
     assert {group["algorithm"] for group in plan["groups"]} == set(numbers)
 
 
+def test_what_waits_in_host_memory_is_not_counted_as_the_devices() -> None:
+    levels = "optimizer.levels=[{period: 1},{period: 4},{period: 16}]"
+    settings = [*SMALL, levels, "optimizer.buffers=cascaded"]
+    resident, offloaded = (
+        plan_model(load_config([*settings, f"optimizer.slow_levels={where}"])) for where in ("resident", "offloaded")
+    )
+    assert resident["bytes"]["host_state"] == 0
+    for group, other in zip(resident["groups"], offloaded["groups"], strict=True):
+        if group["algorithm"] == "m3":
+            # Three momenta and two buffers; offloaded, a momentum, a buffer and the slow sum stay.
+            numbers = 4 * group["parameters"]
+            assert (group["optimizer_state_bytes"], group["host_state_bytes"]) == (5 * numbers, 0)
+            assert (other["optimizer_state_bytes"], other["host_state_bytes"]) == (3 * numbers, 3 * numbers)
+        else:
+            assert group == other
+    assert offloaded["bytes"]["host_state"] == sum(group["host_state_bytes"] for group in offloaded["groups"])
+    assert offloaded["bytes"]["total"] < resident["bytes"]["total"]
+    assert "on the host" in run(*settings, "optimizer.slow_levels=offloaded").stdout
+    assert "on the host" not in run(*settings).stdout
+
+
 def test_clips_are_as_long_as_the_data_is_read() -> None:
     whole, short = (plan_model(load_config([*SMALL, *more])) for more in ([], ["data.frames=5"]))
     assert (whole["clip"]["frames"], short["clip"]["frames"]) == (8, 5)

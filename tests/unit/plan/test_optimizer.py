@@ -38,7 +38,9 @@ def test_exact_plans_that_can_be_used_are_compared() -> None:
 
 def test_copies_share_the_work_where_that_is_faster() -> None:
     quick, slow = (
-        load_config(["experiment=phase4", f"optimizer.plan.across_bandwidth={bandwidth}", "optimizer.plan.flops=1e10"])
+        load_config(
+            ["experiment=phase4", f"optimizer.plan.across_bandwidth={bandwidth}", "optimizer.plan.flops_bf16=1e10"]
+        )
         for bandwidth in (1e13, 1e3)
     )
     shared, repeated = (plan_optimizer(config, 2, 4)[0]["total"] for config in (quick, slow))
@@ -64,6 +66,56 @@ def test_layouts_are_those_of_fsdp() -> None:
     for layout in m3_layouts(config, 4):
         longer = "rows" if layout.rows >= layout.columns else "columns"
         assert layout.cut_side in (longer, None if layout.rows != layout.columns else "columns")
+
+
+@pytest.mark.parametrize(
+    ("routes", "words"),
+    [
+        ("[{pattern: 'nothing*', group: titan}]", "names no parameter of this model"),
+        ("[{pattern: '*', group: vectors}]", "leaves m3 without a matrix"),
+    ],
+)
+def test_routes_that_do_not_suit_the_model_are_an_error_of_their_field(routes: str, words: str) -> None:
+    overrides = [*SMALL, f"optimizer.routes={routes}"]
+    with pytest.raises(ConfigError) as caught:
+        check_plan(load_config(overrides), 1)
+    (problem,) = caught.value.problems
+    assert problem.field == "optimizer.routes"
+    assert words in problem.rule
+    result = CliRunner().invoke(app, ["plan", *overrides])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.exit_code == 2
+
+
+@pytest.mark.parametrize(("device", "words"), [("auto", "for CUDA devices"), ("cpu", "for CPUs")])
+def test_the_text_says_for_which_devices_it_is(device: str, words: str) -> None:
+    figures, text = plan_optimizer(load_config([*SMALL, f"parallel.device={device}"]), 2)
+    assert words in text.splitlines()[0]
+    assert figures["costs"]["device"] == ("cpu" if device == "cpu" else "cuda")
+
+
+def test_the_steps_of_block_periodic_are_told_apart() -> None:
+    periodic = ["optimizer.plan=block_periodic", "optimizer.plan.block_period=5"]
+    figures, text = plan_optimizer(load_config([*SMALL, *periodic]), 2)
+    usual, _ = plan_optimizer(load_config(SMALL), 2)
+    assert usual["exact_step"] is None
+    assert figures["exact_step"] == usual["total"]
+    assert figures["total"]["exchanges"] == 0 < figures["exact_step"]["exchanges"]
+    assert "of 5 steps 4 are as above" in text
+    assert [line for line in text.splitlines() if line.split()[:2] == ["exact", "step"]]
+
+
+def test_each_plan_is_costed_in_the_precision_it_computes_in() -> None:
+    in_bf16 = ["experiment=phase4", "optimizer.newton_schulz.precision=auto"]
+    figures, text = plan_optimizer(load_config(in_bf16), 2)
+    assert figures["precision"] == figures["others"]["owner"]["precision"] == "bf16"
+    assert figures["others"]["gram"]["precision"] == "fp32"
+    assert [line for line in text.splitlines() if line.startswith("  all gram") and line.endswith("in fp32")]
+    slower, _ = plan_optimizer(load_config([*in_bf16, "optimizer.plan.flops_bf16=1e12"]), 2)
+    assert slower["others"]["owner"]["seconds"] > 2 * figures["others"]["owner"]["seconds"]
+    assert slower["others"]["gram"] == figures["others"]["gram"]
+    only_bf16, _ = plan_optimizer(load_config(["experiment=phase4", "optimizer.newton_schulz.precision=bf16"]), 2)
+    assert "computes in fp32" in only_bf16["others"]["gram"]
 
 
 def test_the_cost_model_can_be_overridden() -> None:
