@@ -104,7 +104,7 @@ def on_ranks(ranks: int, rounds: int) -> list[dict[str, Any]]:
 def on_paper() -> str:
     """Bytes and FLOPs of the busiest rank on machines nobody has here, from the optimizer's own planner."""
     numbers = f"{'exchanges':>10}{'GFLOP':>10}{'of an even share':>18}{'MiB sent':>11}"
-    lines = [f"{'parameters':<12}{'ranks':<10}{'plan':<14}{numbers}"]
+    lines = [f"{'parameters':<16}{'ranks':<10}{'plan':<14}{numbers}"]
     for name, experiment in MODELS.items():
         config = load_config([f"experiment={experiment}", "optimizer=m3"])
         for shards, copies in WORLDS:
@@ -113,8 +113,9 @@ def on_paper() -> str:
             plans = "+".join(dict.fromkeys(bucket["plan"] for bucket in figures["buckets"]))
             ranks = f"{shards}" if copies == 1 else f"{shards} x {copies}"
             share = total["flops"] * shards * copies / total["flops_of_all_ranks"]
+            model = f"{experiment}, {name}"
             lines.append(
-                f"{name:<12}{ranks:<10}{plans:<14}{total['exchanges']:>10}{total['flops'] / 1e9:>10.2f}"
+                f"{model:<16}{ranks:<10}{plans:<14}{total['exchanges']:>10}{total['flops'] / 1e9:>10.2f}"
                 f"{share:>18.2f}{total['bytes_sent'] / 2**20:>11.2f}"
             )
     return "\n".join(lines)
