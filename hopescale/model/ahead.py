@@ -18,6 +18,7 @@ def roll_out(
     actions: Float[Tensor, "batch transitions action"],
     states: Float[Tensor, "batch stored state"] | None = None,
     *,
+    extrinsics: Float[Tensor, "batch transitions numbers"] | None = None,
     context: int = 1,
     steps: int,
     reset_every: int | None = None,
@@ -35,6 +36,7 @@ def roll_out(
         features: true frames of each clip, of which the first `context` are used.
         actions: true actions; action t acts between frame t and frame t + 1.
         states: true states of the frames, predicted ones included, if the model takes them.
+        extrinsics: of the frames' cameras, likewise.
         context: true frames given.
         steps: frames predicted.
         reset_every: predicted frames after which memories and attention caches start afresh, so that the next pass
@@ -58,6 +60,7 @@ def roll_out(
             given,
             actions[:, start:stop],
             None if states is None else states[:, start:stop],
+            extrinsics=None if extrinsics is None else extrinsics[:, start:stop],
             state=state,
             frame_offset=start,
             draws=draws,
@@ -76,6 +79,7 @@ def jump(
     states: Float[Tensor, "batch stored state"] | None,
     targets: Sequence[Int[Tensor, " batch"]],
     *,
+    extrinsics: Float[Tensor, "batch transitions numbers"] | None = None,
     context: int = 1,
     draws: Float[Tensor, "batch blocks branches"] | None = None,
 ) -> Float[Tensor, "batch targets patches channels"]:
@@ -90,19 +94,23 @@ def jump(
         actions: action t acts between frame t and frame t + 1.
         states: the frames' states, if the model takes them.
         targets: numbers of the frames to jump to, each at least `context`.
+        extrinsics: of the frames' cameras, if the model takes them.
         context: true frames given.
         draws: uniform numbers for drop-path, the same in every pass.
     """
     state, last = None, context - 1
     if last:
         past = None if states is None else states[:, :last]
-        state = predictor(features[:, :last], actions[:, :last], past, draws=draws, keep_state=True).state
+        cameras = None if extrinsics is None else extrinsics[:, :last]
+        seen = predictor(features[:, :last], actions[:, :last], past, extrinsics=cameras, draws=draws, keep_state=True)
+        state = seen.state
     newest = slice(last, context)
     predicted = [
         predictor(
             features[:, newest],
             actions[:, newest],
             None if states is None else states[:, newest],
+            extrinsics=None if extrinsics is None else extrinsics[:, newest],
             target=target,
             state=state,
             frame_offset=last,

@@ -52,6 +52,7 @@ def clip_losses(
     jump_target: Int[Tensor, " batch"],
     draws: Float[Tensor, "batch blocks branches"] | None,
     *,
+    extrinsics: Float[Tensor, "batch transitions numbers"] | None = None,
     consolidate: bool = False,
 ) -> ClipLosses:
     """Run every branch of the objective, each from a fresh memory state.
@@ -70,6 +71,7 @@ def clip_losses(
         jump_target: number of the frame each clip's jump predicts, jump_context .. length - 1; a clip too short for
             any is not scored.
         draws: uniform numbers for drop-path; all branches of a clip drop the same.
+        extrinsics: of the cameras of the frames that are predicted from, if the model takes them.
         consolidate: let the traces hold by how much the clips of weight 1 changed long-term memories.
 
     Raises:
@@ -93,20 +95,30 @@ def clip_losses(
         wanted = {"consolidate": consolidate, "auxiliary": config.auxiliary_weight > 0}
         counted = valid(1, truth.shape[1] - 1) * weights[:, None]
         more = {name: counted for name, asked in wanted.items() if asked}
-        prediction = predictor(features[:, :-1], actions, past_states, draws=draws, **more)
+        prediction = predictor(features[:, :-1], actions, past_states, extrinsics=extrinsics, draws=draws, **more)
         teacher, traces = scored(prediction.frames, truth[:, 1:], 1), prediction.traces
         apart = [trace.auxiliary for trace in traces if trace.auxiliary is not None]
         auxiliary = torch.stack(apart).sum() if apart else zero
     if config.jump_weight:
         context = config.jump_context
-        predicted = jump(predictor, features, actions, states, [jump_target], context=context, draws=draws)
+        predicted = jump(
+            predictor, features, actions, states, [jump_target], extrinsics=extrinsics, context=context, draws=draws
+        )
         goal = truth[torch.arange(len(truth), device=truth.device), jump_target]
         jumped = scored(predicted, goal.unsqueeze(1), context)
     if config.rollout.weight:
         context, steps = config.rollout.context, config.rollout.steps
         reset_every = config.rollout.reset_every
         predicted = roll_out(
-            predictor, features, actions, states, context=context, steps=steps, reset_every=reset_every, draws=draws
+            predictor,
+            features,
+            actions,
+            states,
+            extrinsics=extrinsics,
+            context=context,
+            steps=steps,
+            reset_every=reset_every,
+            draws=draws,
         )
         rolled = scored(predicted, truth[:, context : context + steps], context)
     return ClipLosses(teacher, jumped, rolled, auxiliary, traces)

@@ -245,10 +245,8 @@ def check_input(
     if config.state_dim and (states is None or states.shape != (*shape[:2], config.state_dim)):
         given = None if states is None else tuple(states.shape)
         raise ValueError(f"states have shape {given}; expected {(*shape[:2], config.state_dim)}")
-    if extrinsics is not None and extrinsics.shape != (*shape[:2], config.extrinsics_dim):
-        raise ValueError(
-            f"extrinsics have shape {tuple(extrinsics.shape)}; expected {(*shape[:2], config.extrinsics_dim)}, "
-            "none at all for model.extrinsics_dim=0"
-        )
+    expected = (*shape[:2], config.extrinsics_dim)
+    if config.extrinsics_dim and extrinsics is not None and extrinsics.shape != expected:
+        raise ValueError(f"extrinsics have shape {tuple(extrinsics.shape)}; expected {expected}")
     if target is not None and not config.can_jump:
         raise ValueError("a jump has no target to aim at with model.temporal_embeddings=false")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hopescale.model.ahead import jump, roll_out
 from hopescale.model.init import CONDITIONING_STD, initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.model.schema import ModelConfig
@@ -60,9 +61,33 @@ def test_extrinsics_of_another_shape_are_refused(
         small_predictor(extrinsics_dim=4)(*small_input(), extrinsics=torch.zeros(shape))
 
 
-def test_extrinsics_that_the_model_has_no_encoder_for_are_refused(small_predictor: Build, small_input: Draw) -> None:
-    with pytest.raises(ValueError, match=r"none at all for model.extrinsics_dim=0"):
-        small_predictor()(*small_input(), extrinsics=torch.zeros(2, 4, 4))
+def test_extrinsics_that_the_model_has_no_encoder_for_are_not_read(small_predictor: Build, small_input: Draw) -> None:
+    model, given = small_predictor(), small_input()
+    assert torch.equal(model(*given, extrinsics=torch.ones(2, 4, 4)).frames, model(*given).frames)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_every_frame_predicted_ahead_gets_the_extrinsics_of_the_frames_before_it(
+    small_predictor: Build, small_input: Draw, row: int
+) -> None:
+    model, (features, actions, states) = small_predictor(extrinsics_dim=4), small_input()
+    extrinsics = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    changed = extrinsics.clone()
+    changed[:, row] += 1
+    with torch.no_grad():
+        before, after = (
+            roll_out(model, features, actions, states, extrinsics=given, context=2, steps=3)
+            for given in (extrinsics, changed)
+        )
+        first = max(row - 1, 0)
+        assert torch.equal(after[:, :first], before[:, :first])
+        assert (after[:, first:] != before[:, first:]).any(dim=(2, 3)).all()
+        target = [torch.tensor([3, 3])]
+        before, after = (
+            jump(model, features, actions, states, target, extrinsics=given, context=2)
+            for given in (extrinsics, changed)
+        )
+        assert torch.equal(after, before) == (row > 1)
 
 
 @pytest.mark.parametrize("pattern", ["S", "H", "T"])
