@@ -73,13 +73,21 @@ def cached_folder(root: Path, name: str, key: str, build: Callable[[Path], objec
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable JSON so that `path` either has the old content or all of the new one."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that `path` either has the old content or all of the new one, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

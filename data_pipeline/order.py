@@ -7,6 +7,7 @@ numpy and torch do not promise the same stream across versions; this does.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,40 +57,45 @@ def epoch_order(uids: NDArray[np.uint64], seed: int, epoch: int) -> NDArray[np.i
     return np.argsort(mix64(uids, seed, epoch), kind="stable").astype(np.int64)
 
 
-def clips_at(
-    uids: NDArray[np.uint64], seed: int, start: int, count: int, orders: dict[int, NDArray[np.int64]] | None = None
+def windowed_order(
+    uids: NDArray[np.uint64], shards: NDArray[np.int64], seed: int, epoch: int, group: int
 ) -> NDArray[np.int64]:
-    """Return the rows at global positions `start .. start + count - 1`; positions run on across epochs.
+    """Return an order that goes through groups of shards, each group in the order of `epoch_order`.
+
+    Unlike the full order it depends on which clips share a shard.
 
     Args:
-        uids: u64 `[num_clips]`, at least one.
+        uids: u64 `[num_clips]`.
+        shards: i64 `[num_clips]`, the shard of each row.
         seed: Seed of the run.
-        start: First position, counted from 0 at the start of training.
-        count: Number of positions.
-        orders: Epoch orders computed earlier, by epoch; kept up to date and down to the epochs in use.
+        epoch: Epoch counted from 0.
+        group: Shards in a group.
 
     Returns:
-        i64 `[count]`.
-
-    Raises:
-        ValueError: There are no clips, or a negative position.
+        i64 `[num_clips]`, a permutation of the rows.
     """
-    num_clips = len(uids)
-    if num_clips == 0 or start < 0:
-        raise ValueError(f"{num_clips} clips, start {start}: needs at least one clip and a position from 0")
-    orders = {} if orders is None else orders
-    positions = np.arange(start, start + count)
-    epochs = positions // num_clips
-    used = {int(epoch) for epoch in np.unique(epochs)}
-    for epoch in set(orders) - used:
-        del orders[epoch]
-    rows = np.empty(count, np.int64)
-    for epoch in used:
-        if epoch not in orders:
-            orders[epoch] = epoch_order(uids, seed, epoch)
-        here = epochs == epoch
-        rows[here] = orders[epoch][positions[here] - epoch * num_clips]
-    return rows
+    found, inverse = np.unique(shards, return_inverse=True)
+    place = np.empty(len(found), np.int64)
+    # The xor of its clips' identities names a shard whatever its row in the manifest.
+    names = np.zeros(len(found), np.uint64)
+    np.bitwise_xor.at(names, inverse, uids)
+    place[np.argsort(mix64(names, seed, epoch), kind="stable")] = np.arange(len(found))
+    return np.lexsort((mix64(uids, seed, epoch), place[inverse] // group)).astype(np.int64)
+
+
+def quotas(weights: Sequence[float], block: int) -> list[int]:
+    """Return how many of `block` clips each part of a mixture gets: largest remainders, ties to the earlier part.
+
+    Args:
+        weights: Positive, of any sum.
+        block: Clips to share out.
+    """
+    shares = [weight * block / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(weights)), key=lambda part: (counts[part] - shares[part], part))
+    for part in by_remainder[: block - sum(counts)]:
+        counts[part] += 1
+    return counts
 
 
 def ceil_div(count: int, parts: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.cache import cached_folder, content_key, write_json
-from data_pipeline.simulate import SimulationSpec
+from data_pipeline.pixels.simulate import SimulationSpec
 
 
 def test_key_changes_with_every_part_and_not_otherwise() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.cache import content_key
-from data_pipeline.simulate import (
+from data_pipeline.pixels.simulate import (
     FULL_IMPULSE,
     HIDDEN_FRICTION,
     HIDDEN_MASS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.simulate import PARTITIONS, SimulationSpec, simulate, simulate_clip
+from data_pipeline.pixels.simulate import PARTITIONS, SimulationSpec, simulate, simulate_clip
 
 pytest.importorskip("pymunk")
 pytest.importorskip("PIL")

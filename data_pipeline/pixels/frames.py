@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.encode import read_document
+from data_pipeline.encode.documents import read_document
 from data_pipeline.errors import DataError, Problem
-from data_pipeline.simulate import PIXELS_FILE
+from data_pipeline.pixels.simulate import PIXELS_FILE
 
 
 def read_frames(pixels: Path, keys: Sequence[str], num_frames: int) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipeline.cache import write_json
 from data_pipeline.errors import DataError, Problem, missing_extra, nearest
-from data_pipeline.render import ICE, NIGHT, WOOD, Palette, Scene, Wall, render_frames
+from data_pipeline.pixels.render import ICE, NIGHT, WOOD, Palette, Scene, Wall, render_frames
 
 if TYPE_CHECKING:
     import pymunk

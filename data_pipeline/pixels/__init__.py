@@ -1,0 +1,1 @@
+"""Pixels of clips: simulated, stored, or decoded from video."""
