@@ -1,0 +1,1 @@
+"""Clips as people store them, read as one thing."""

@@ -1,0 +1,158 @@
+"""Tars in the way of WebDataset as a source: members KEY.EXTENSION, those of a clip one after another."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset.samples import MAX_META, Sample, samples
+from data_pipeline.errors import DataError, Problem
+from data_pipeline.schema import FIELDS
+from data_pipeline.shard.walk import BadTar, open_regular
+from data_pipeline.sources.base import SourceClip
+from data_pipeline.sources.clip_source import ClipSource, FoundClip
+from data_pipeline.sources.flat import archive_arrays
+from data_pipeline.sources.labels import natural
+from data_pipeline.sources.layout import FEATURES_DTYPES, REQUIRED
+from data_pipeline.sources.npy_file import BadArray
+from data_pipeline.sources.provenance import stated_by
+from data_pipeline.sources.stored import NpyArray, NpzArray, StoredArray, parse_json, read_small, reason
+
+_KEPT_TARS = 4
+
+
+@dataclass(kw_only=True)
+class TarShards(ClipSource):
+    """A .tar, or a folder of them at any depth.
+
+    Members of a clip are its key, a dot, and an extension, taken in lower case: `FIELD.npy` for each field, `npy`
+    for features alone, or one `npz` with arrays named like the fields. Partition, split, type of the features, encoder,
+    encode mode and action alignment are those of the clip's `meta.json` or `json`, as far as it says them.
+
+    Attributes:
+        features: Extension of the features' members, e.g. `emb.npy`, or name of the array in a .npz; None means
+            `features.npy` or `npy`, or `features`. The same holds for the other fields.
+        actions: See features.
+        states: See features; a field named here must be in every clip.
+        extrinsics: See states.
+        features_scale: See states.
+        archive: Extension of the .npz members.
+    """
+
+    features: str | None = None
+    actions: str | None = None
+    states: str | None = None
+    extrinsics: str | None = None
+    features_scale: str | None = None
+    archive: str = "npz"
+
+    kind = "tars"
+    _samples: OrderedDict[str, dict[str, Sample]] = field(
+        default_factory=OrderedDict, init=False, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the tars walked so far: a worker walks its own."""
+        return {**self.__dict__, "_samples": OrderedDict()}
+
+    def found(self) -> Iterable[FoundClip]:
+        """See `ClipSource`."""
+        for tar in self._tars():
+            for sample in self._walk(tar):
+                where = f"{tar}/{sample.key}"
+                try:
+                    yield self._clip(tar, where, sample)
+                except (OSError, ValueError) as error:
+                    yield FoundClip(sample.key, where, problem=f"{where}: {reason(error)}")
+
+    def again(self, clip: SourceClip) -> Mapping[str, StoredArray]:
+        """See `ClipSource`."""
+        tar = clip.where[: -len(clip.key) - 1]
+        if tar not in self._samples:
+            self._samples[tar] = {sample.key: sample for sample in self._walk(tar)}
+            if len(self._samples) > _KEPT_TARS:
+                self._samples.popitem(last=False)
+        try:
+            return self._arrays(tar, self._samples[tar].get(clip.key, Sample(clip.key)))
+        except (OSError, ValueError) as error:
+            raise self._unreadable(clip, reason(error)) from error
+
+    def _tars(self) -> list[str]:
+        if self.path.suffix == ".tar":
+            return [self.path.name]
+        paths = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*.tar"))
+        return sorted(paths, key=natural)
+
+    def _file(self, tar: str) -> Path:
+        return (self.path.parent if self.path.suffix == ".tar" else self.path) / tar
+
+    def _walk(self, tar: str) -> Iterator[Sample]:
+        try:
+            descriptor = open_regular(self._file(tar))
+            try:
+                yield from samples(descriptor)
+            finally:
+                os.close(descriptor)
+        except (OSError, BadTar) as error:
+            # Where a tar is damaged nobody knows how many clips follow.
+            raise DataError(Problem("source", self._file(tar), reason(error), "copy the tar again")) from error
+
+    def _clip(self, tar: str, where: str, sample: Sample) -> FoundClip:
+        arrays, meta = self._arrays(tar, sample), self._meta(tar, sample)
+        for label in ("partition", "split"):
+            if not isinstance(meta.get(label, ""), str):
+                raise BadArray(f"{label} is {str(meta[label])[:80]}, not a text")
+        dtypes = meta.get("dtypes")
+        dtype = dtypes.get("features") if isinstance(dtypes, dict) else None
+        return FoundClip(
+            sample.key,
+            where,
+            arrays,
+            meta.get("partition"),
+            meta.get("split"),
+            features_dtype=dtype if dtype in FEATURES_DTYPES else None,
+            stated=stated_by(meta),
+        )
+
+    def _arrays(self, tar: str, sample: Sample) -> dict[str, StoredArray]:
+        asked = {name for name in FIELDS if getattr(self, name) is not None}
+        if self.archive.lower() in sample.members:
+            member = sample.members[self.archive.lower()]
+            archive = NpzArray(self._file(tar), f"{tar}: {member.name}", "", member.offset, member.size)
+            return archive_arrays(archive, {name: getattr(self, name) or name for name in FIELDS}, asked)
+        arrays: dict[str, StoredArray] = {}
+        for name in dict.fromkeys((*REQUIRED, *FIELDS)):
+            extensions = self._extensions(name)
+            member = next((sample.members[each] for each in extensions if each in sample.members), None)
+            if member is not None:
+                arrays[name] = NpyArray(self._file(tar), f"{tar}: {member.name}", member.offset, member.size)
+            elif name in REQUIRED or name in asked:
+                raise BadArray(_missing(sample, extensions))
+        return arrays
+
+    def _extensions(self, name: str) -> tuple[str, ...]:
+        chosen = getattr(self, name)
+        if chosen is not None:
+            return (chosen.lower(),)
+        return (f"{name}.npy", "npy") if name == "features" else (f"{name}.npy",)
+
+    def _meta(self, tar: str, sample: Sample) -> dict[str, Any]:
+        member = sample.meta
+        if member is None:
+            return {}
+        try:
+            return parse_json(read_small(self._file(tar), MAX_META, member.offset, member.size))
+        except ValueError as error:
+            raise BadArray(f"{member.name}: {error}") from error
+
+
+def _missing(sample: Sample, extensions: tuple[str, ...]) -> str:
+    there = ", ".join(f"{sample.key}.{extension}" for extension in list(sample.members)[:6])
+    text = f"there is no member {sample.key}.{' or '.join(extensions)} but {there or 'none'}"
+    if any(extension.endswith(f".{ending}") for extension in sample.members for ending in extensions):
+        text += "; is there a dot in the key? A key ends at the first one"
+    return text
