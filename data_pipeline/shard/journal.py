@@ -1,0 +1,217 @@
+"""What a run of the sharder leaves on disk beside the shards, so that a killed one goes on where it was.
+
+OUT/plan.json is written first; OUT/journal/SHARD.json says that a shard is complete under its final name, and has its
+rows of the index; SHARD.npz beside it, written before, holds its statistics. All are plain JSON and arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.cache import write_bytes
+from data_pipeline.dataset.index import Row
+from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER
+from data_pipeline.errors import DataError, Problem
+from data_pipeline.shard.plan import PLAN_FORMAT, Plan
+from data_pipeline.shard.statistics import npz_bytes
+from data_pipeline.shard.tar import Payload
+from data_pipeline.sources.base import SkippedClip
+
+PLAN_FILE = "plan.json"
+JOURNAL_FOLDER = "journal"
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a shard: its size and its sha256 in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What storing a small field as f32 changed.
+
+    Attributes:
+        values: Numbers stored.
+        changed: Numbers that f32 does not hold exactly.
+        largest: Greatest change, relative to the number.
+    """
+
+    values: int = 0
+    changed: int = 0
+    largest: float = 0.0
+
+    def plus(self, other: Rounding) -> Rounding:
+        """Return both together."""
+        return Rounding(self.values + other.values, self.changed + other.changed, max(self.largest, other.largest))
+
+
+@dataclass(frozen=True)
+class WrittenClip:
+    """A row of the index.
+
+    Attributes:
+        key: Of the clip.
+        partition: Its number.
+        split: train or heldout.
+        length: Stored frames.
+        rows: Recorded rows of actions.
+        fields: Offset, bytes and checksum of each.
+        frames: Checksum of each frame's features.
+    """
+
+    key: str
+    partition: int
+    split: str
+    length: int
+    rows: int
+    fields: dict[str, tuple[int, int, int]]
+    frames: tuple[int, ...]
+
+    def row(self, shard: int) -> Row:
+        """Return it as a row of the index of a data set where its shard has a number."""
+        payloads = {
+            name: Payload(*place, self.frames if name == "features" else ()) for name, place in self.fields.items()
+        }
+        return Row(self.key, shard, self.length, self.partition, self.split, self.rows, payloads)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The content of one record of the journal.
+
+    Attributes:
+        plan: Digest of the plan.
+        name: Of the shard.
+        files: By path below the folder of the shards; none if every clip was left out.
+        clips: In the order of the shard.
+        skipped: Clips that were left out.
+        rounded: By field, where f32 did not hold the source's type exactly.
+        max_error: Limit of the error of conversion that decided what was left out.
+        worst_error: Largest error of a clip that was written.
+    """
+
+    plan: str
+    name: str
+    files: dict[str, WrittenFile]
+    clips: tuple[WrittenClip, ...]
+    skipped: tuple[SkippedClip, ...] = ()
+    rounded: dict[str, Rounding] = field(default_factory=dict)
+    max_error: float = 0.0
+    worst_error: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.bytes for file in self.files.values())
+
+
+_PLAN = TypeAdapter(Plan)
+_RECORD = TypeAdapter(ShardRecord)
+
+
+def write_plan(out: Path, plan: Plan) -> None:
+    """Write plan.json."""
+    document = asdict(replace(plan, clips=()))
+    clips = ",\n".join(json.dumps(list(clip)) for clip in plan.clips)
+    del document["clips"]
+    text = json.dumps(document, indent=1)[:-2]
+    write_bytes(out / PLAN_FILE, f'{text},\n "clips": [\n{clips}\n]}}\n'.encode())
+
+
+def read_plan(out: Path) -> Plan:
+    """Read plan.json.
+
+    Raises:
+        DataError: It is not there, not readable, or of another version.
+    """
+    path = out / PLAN_FILE
+    fix = "remove the unfinished data set and run `hopescale data shard` again"
+    if not path.is_file():
+        rule = f"the folder has no {PLAN_FILE}: nothing was begun there"
+        raise DataError(Problem("out", out, rule, "name the folder that `hopescale data shard` wrote to"))
+    try:
+        document = json.loads(path.read_bytes())
+        version = document.get("format") if isinstance(document, dict) else None
+        if version != PLAN_FORMAT:
+            raise DataError(Problem("out", path, f"is of format {version}; this release reads {PLAN_FORMAT}", fix))
+        return _PLAN.validate_python(document)
+    except (ValidationError, ValueError) as error:
+        raise DataError(Problem("out", path, f"not readable as a plan ({error})", fix)) from error
+
+
+def write_record(out: Path, record: ShardRecord, statistics: Mapping[str, np.ndarray]) -> None:
+    """Write a shard's statistics, then its record: from then on the shard counts as finished."""
+    folder = out / JOURNAL_FOLDER
+    write_bytes(folder / f"{record.name}.npz", npz_bytes(statistics))
+    write_bytes(folder / f"{record.name}.json", (json.dumps(asdict(record), separators=(",", ":")) + "\n").encode())
+
+
+def read_record(out: Path, name: str) -> ShardRecord | None:
+    """Return the record of a shard, or None if there is none that can be read."""
+    try:
+        return _RECORD.validate_json((out / JOURNAL_FOLDER / f"{name}.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def read_statistics(out: Path, name: str) -> dict[str, np.ndarray]:
+    """Return the statistics beside a record.
+
+    Raises:
+        OSError: They are not there.
+        ValueError: They are damaged.
+    """
+    with np.load(out / JOURNAL_FOLDER / f"{name}.npz", allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def is_complete(out: Path, plan: Plan, record: ShardRecord, *, paranoid: bool = False) -> bool:
+    """Return whether the files of a record are those of a plan, and all there.
+
+    Args:
+        out: Folder of the data set.
+        plan: The current plan.
+        record: Of the shard.
+        paranoid: Compare the files' sha256 too, not only their sizes.
+    """
+    if record.plan != plan.digest:
+        return False
+    files = {out / SHARD_FOLDER / name: file for name, file in record.files.items()}
+    if any(not path.is_file() or path.stat().st_size != file.bytes for path, file in files.items()):
+        return False
+    # Once there is a manifest, the statistics of single shards have done their work.
+    if not (out / MANIFEST_FILE).exists() and not (out / JOURNAL_FOLDER / f"{record.name}.npz").is_file():
+        return False
+    return not paranoid or all(file_sha256(path) == file.sha256 for path, file in files.items())
+
+
+def remove_leftovers(out: Path, names: Iterable[str]) -> None:
+    """Remove what killed workers left of some shards under temporary names."""
+    wanted = set(names)
+    for folder in (JOURNAL_FOLDER, SHARD_FOLDER):
+        for path in (out / folder).glob("*.tmp"):
+            if path.name.split(".")[0] in wanted:
+                path.unlink(missing_ok=True)
+
+
+def remove_statistics(out: Path, names: Iterable[str]) -> None:
+    """Remove the statistics of shards once the data set has its own."""
+    for name in names:
+        (out / JOURNAL_FOLDER / f"{name}.npz").unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,230 @@
+"""From finished shards to a data set: index, keys, statistics, report, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.cache import write_json
+from data_pipeline.dataset.fingerprint import fingerprint
+from data_pipeline.dataset.index import IndexWriter, Row
+from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER, load_manifest, write_manifest
+from data_pipeline.errors import DataError, Problem
+from data_pipeline.schema import MANIFEST_FORMAT, SPLITS, Conversion, Manifest, ShardEntry, StoredName
+from data_pipeline.shard.convert import Deviation
+from data_pipeline.shard.journal import (
+    JOURNAL_FOLDER,
+    REPORT_FILE,
+    Rounding,
+    ShardRecord,
+    WrittenClip,
+    file_sha256,
+    is_complete,
+    read_plan,
+    read_record,
+    read_statistics,
+    remove_leftovers,
+    remove_statistics,
+)
+from data_pipeline.shard.lock import PartLock
+from data_pipeline.shard.plan import Plan
+from data_pipeline.shard.statistics import Summary, merged
+from data_pipeline.shard.worker import CONVERSION, writing
+from data_pipeline.shard.zarr_output import GROUP, write_group
+
+_AGAIN = "run `hopescale data shard` for the missing parts, with the settings of the others"
+
+
+def merge(out: Path) -> Manifest:
+    """Complete a data set whose shards are all finished; one that is complete is left as it is.
+
+    Args:
+        out: Folder of the data set.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: Shards are missing, somebody still writes some, or the folder cannot be written.
+    """
+    if (out / MANIFEST_FILE).is_file():
+        return load_manifest(out, field="out")
+    if not out.is_dir():
+        raise DataError(Problem("out", out, "the folder does not exist", _AGAIN))
+    plan = read_plan(out)
+    with writing(out), PartLock(out, "0/1"):
+        return merge_plan(out, plan)
+
+
+def merge_plan(out: Path, plan: Plan) -> Manifest:
+    """Do what `merge` does, for whoever holds the lock of the whole data set."""
+    remove_leftovers(out, [shard.name for shard in plan.shards])
+    records = _records(out, plan)
+    if not any(record.clips for record in records):
+        skipped = next(record.skipped[0] for record in records if record.skipped)
+        rule = f"every clip was left out; {skipped.key}: {skipped.reason}"
+        raise DataError(Problem("source", plan.source.path, rule, "correct the source or the settings"))
+    with writing(out):
+        rows = _rows(plan, records)
+        shards = _entries(out, plan, records)
+        index = IndexWriter(tuple(plan.fields))
+        for row in rows:
+            index.add(row)
+        files = index.write(out)
+        summary, deviation = _statistics(out, records)
+        files |= summary.write(out, plan.partitions)
+        conversion = _conversion(plan, deviation)
+        _write_report(out, plan, records, conversion)
+        write_manifest(out, _manifest(plan, rows, shards, files, conversion))
+    remove_statistics(out, [record.name for record in records])
+    return load_manifest(out, field="out")
+
+
+def _records(out: Path, plan: Plan) -> list[ShardRecord]:
+    found = {shard.name: read_record(out, shard.name) for shard in plan.shards}
+    records = [record for record in found.values() if record is not None and is_complete(out, plan, record)]
+    missing = sorted(set(found) - {record.name for record in records})
+    if missing:
+        some = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        rule = f"{len(missing)} of {len(found)} shards are not finished: {some}"
+        raise DataError(Problem("out", out, rule, _AGAIN))
+    return records
+
+
+def _rows(plan: Plan, records: Sequence[ShardRecord]) -> list[Row]:
+    """Return the index. Shards without any clip have no number, and a zarr group is one shard."""
+    rows: list[Row] = []
+    number = 0
+    for record in records:
+        rows += [clip.row(0 if plan.settings.format == "zarr" else number) for clip in record.clips]
+        number += bool(record.clips)
+    return rows
+
+
+def _entries(out: Path, plan: Plan, records: Sequence[ShardRecord]) -> tuple[ShardEntry, ...]:
+    if plan.settings.format == "tar":
+        return tuple(
+            ShardEntry(name, file.bytes, len(record.clips), file.sha256)
+            for record in records
+            for name, file in record.files.items()
+        )
+    write_group(out, plan, dict(_by_array_row(plan, records)))
+    written = {name: file.sha256 for record in records for name, file in record.files.items()}
+    folder, size = out / SHARD_FOLDER, 0
+    digest = hashlib.sha256()
+    for path in sorted((folder / GROUP).rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            size += path.stat().st_size
+            digest.update(f"{name} {written.get(name) or file_sha256(path)}\n".encode())
+    return (ShardEntry(GROUP, size, sum(len(record.clips) for record in records), digest.hexdigest()),)
+
+
+def _by_array_row(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, WrittenClip]]:
+    places = {key: row for row, (key, _) in enumerate(plan.clips)}
+    for record in records:
+        for clip in record.clips:
+            yield places[clip.key], clip
+
+
+def _statistics(out: Path, records: Sequence[ShardRecord]) -> tuple[Summary, Deviation]:
+    """Merge in the order of the plan: floating-point sums depend on it, and nothing else may decide it."""
+    deviation = Deviation()
+
+    def parts() -> Iterator[dict[str, np.ndarray]]:
+        for record in records:
+            try:
+                stored = read_statistics(out, record.name)
+            except (OSError, ValueError, KeyError) as error:
+                path = out / JOURNAL_FOLDER / f"{record.name}.npz"
+                fix = f"remove {path.with_suffix('.json')} and run `hopescale data shard` again"
+                raise DataError(Problem("out", path, f"cannot be read ({error})", fix)) from error
+            conversion = stored.pop(CONVERSION)
+            deviation.merge(Deviation(conversion[:-1], float(conversion[-1])))
+            yield stored
+
+    return merged(parts()), deviation
+
+
+def _conversion(plan: Plan, deviation: Deviation) -> Conversion | None:
+    features = plan.fields["features"]
+    if features.source == features.stored:
+        return None
+    return Conversion(
+        from_dtype=features.source,
+        to_dtype=features.stored,
+        relative_rmse=deviation.relative_rmse,
+        relative_rmse_normalised=deviation.relative_rmse_normalised,
+        min_cosine=deviation.min_cosine,
+        overflows=int(deviation.sums[-1]),
+    )
+
+
+def _write_report(out: Path, plan: Plan, records: Sequence[ShardRecord], conversion: Conversion | None) -> None:
+    rounded: dict[str, Rounding] = {}
+    for record in records:
+        for name, one in record.rounded.items():
+            rounded[name] = rounded.get(name, Rounding()).plus(one)
+    skipped = [*plan.bad, *(clip for record in records for clip in record.skipped)]
+    notes = [
+        f"{name}: {plan.fields[name].source} was stored as float32; {one.changed} of {one.values} values changed, "
+        f"by {one.largest:.2g} of their size at most"
+        for name, one in sorted(rounded.items())
+        if one.changed
+    ]
+    if conversion is not None:
+        notes.append(
+            f"features: {conversion.from_dtype} was stored as {conversion.to_dtype}; relative error "
+            f"{conversion.relative_rmse:.2g}, {conversion.relative_rmse_normalised:.2g} after LayerNorm, over "
+            f"{'all tokens' if plan.sample_every == 1 else f'one of {plan.sample_every} tokens'} of all clips"
+        )
+    write_json(out / REPORT_FILE, {"skipped": [asdict(clip) for clip in skipped], "notes": notes})
+
+
+def _manifest(
+    plan: Plan,
+    rows: Sequence[Row],
+    shards: tuple[ShardEntry, ...],
+    files: dict[str, str],
+    conversion: Conversion | None,
+) -> Manifest:
+    widths = {name: planned.shape for name, planned in plan.fields.items()}
+    dtypes: dict[str, StoredName] = {name: planned.stored for name, planned in plan.fields.items()}
+    counts = Counter((row.partition, row.split) for row in rows)
+    return Manifest(
+        format=MANIFEST_FORMAT,
+        fingerprint=fingerprint(
+            rows,
+            provenance=plan.provenance,
+            partitions=plan.partitions,
+            dtypes=dtypes,
+            widths=widths,
+            checksum=plan.checksum,
+        ),
+        num_clips=len(rows),
+        frames=max(row.length for row in rows),
+        tokens=widths["features"][0],
+        encoder_dim=widths["features"][1],
+        action_dim=widths["actions"][0],
+        state_dim=widths.get("states", (0,))[0],
+        extrinsics_dim=widths.get("extrinsics", (0,))[0],
+        dtypes=dtypes,
+        action_alignment=plan.action_alignment,
+        checksum=plan.checksum,
+        container=plan.settings.format,
+        shard_folder=SHARD_FOLDER,
+        seed=plan.settings.seed,
+        statistics_share=1 / plan.sample_every,
+        conversion=conversion,
+        provenance=plan.provenance,
+        partitions={
+            name: {split: counts[number, split] for split in SPLITS} for number, name in enumerate(plan.partitions)
+        },
+        shards=shards,
+        files=files,
+    )
