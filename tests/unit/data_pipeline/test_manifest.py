@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from data_pipeline.dataset.manifest import load_manifest
+from data_pipeline.dataset.use import check_use
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import check_use, dataset_folder, load_manifest
-from data_pipeline.reader import ClipReader
+from data_pipeline.reader.clips import ClipReader
 from data_pipeline.schema import DataConfig
-from data_pipeline.shard import shard
+from data_pipeline.shard.run import shard
 
 
 def _edit(change: Callable[[dict], None]) -> Callable[[Path], None]:
@@ -29,7 +30,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
     "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"format": 1'), "not readable as JSON"),
     "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "format=None"),
-    "newer format": (_edit(lambda m: m.update(format=9)), "reads format 1"),
+    "newer format": (_edit(lambda m: m.update(format=9)), "reads format 2"),
     "no fingerprint": (_edit(lambda m: m.pop("fingerprint")), "Field required"),
     "odd mode": (_edit(lambda m: m["provenance"].update(encode_mode="joint")), "encode_mode"),
     "shard gone": (lambda folder: (folder / "shards" / "train-000001.tar").unlink(), "the shard is missing"),
@@ -71,34 +72,25 @@ def test_damage_is_named_with_field_rule_and_fix(dataset: Path, tmp_path: Path, 
 )
 def test_settings_that_do_not_fit_are_refused(dataset: Path, settings: dict, expected: str) -> None:
     with pytest.raises(DataError) as caught:
-        ClipReader(dataset, DataConfig(**settings), split="train", seed=0)
+        ClipReader(DataConfig(path=str(dataset), **settings), split="train", seed=0)
     assert expected in str(caught.value)
 
 
 def test_an_empty_partition_in_the_view_is_refused(dataset: Path) -> None:
     manifest = load_manifest(dataset)
     manifest.partitions["ice"]["heldout"] = 0
-    check_use(manifest, DataConfig(), ("train",))
+    check_use(manifest, DataConfig(view=("ice",)), "train")
     with pytest.raises(DataError, match="no heldout clips"):
-        check_use(manifest, DataConfig(), ("train", "heldout"))
+        check_use(manifest, DataConfig(view=("ice",)), "heldout")
+    check_use(manifest, DataConfig(), "heldout")
 
 
 @pytest.mark.parametrize("mode", ["clip", "unknown"])
 def test_leaky_features_need_permission(features_writer: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     manifest = shard(features_writer(tmp_path / "features", per_split=1, mode=mode), tmp_path / "out")
     with pytest.raises(DataError, match=r"data\.allow_leaky_features=true"):
-        check_use(manifest, DataConfig(), ("train",))
-    check_use(manifest, DataConfig(allow_leaky_features=True), ("train",))
-
-
-def test_paths_and_schemes() -> None:
-    assert dataset_folder(DataConfig(path="/a/b")) == Path("/a/b")
-    assert dataset_folder(DataConfig(path="file:///a/b%20c")) == Path("/a/b c")
-    for path, expected in [(None, "no data set"), ("s3://bucket/x", "allowed_schemes"), ("file://host/x", "local")]:
-        with pytest.raises(DataError, match=expected):
-            dataset_folder(DataConfig(path=path))
-    with pytest.raises(DataError, match="only local files"):
-        dataset_folder(DataConfig(path="s3://bucket/x", allowed_schemes=("file", "s3")))
+        check_use(manifest, DataConfig(), "train")
+    check_use(manifest, DataConfig(allow_leaky_features=True), "train")
 
 
 def test_unknown_or_mistyped_settings_are_refused() -> None:

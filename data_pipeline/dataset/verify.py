@@ -1,0 +1,149 @@
+"""Whether a data set is what its manifest says: at the price of its index, of every field, or of every byte."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipeline.cache import write_bytes
+from data_pipeline.dataset.findings import Finding, Findings, VerifyReport
+from data_pipeline.dataset.fingerprint import index_fingerprint
+from data_pipeline.dataset.index import Index
+from data_pipeline.dataset.index_checks import check_index
+from data_pipeline.dataset.manifest import file_problems, read_manifest
+from data_pipeline.dataset.places import ClipPlaces
+from data_pipeline.dataset.repair import repair as repair_files
+from data_pipeline.dataset.shard_checks import LEVELS, Level, ShardCheck
+from data_pipeline.dataset.spans import SpanReader
+from data_pipeline.errors import DataError, Problem, nearest
+from data_pipeline.schema import Manifest
+
+Progress = Callable[[int, int], None]
+MAX_WORKERS = 256
+
+
+def verify(
+    folder: Path,
+    *,
+    level: Level = "crc",
+    workers: int = 1,
+    repair: bool = False,
+    quarantine: Path | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a data set.
+
+    quick looks at the manifest, the files beside the shards, every row of the index, and the shards' sizes. crc also
+    reads every field of every clip. full also reads every other byte for the shards' sha256, compares names, places,
+    headers and descriptions in each tar with the index, and looks for values that are not finite.
+
+    Args:
+        folder: Of the data set.
+        level: quick, crc or full.
+        workers: Threads that read shards.
+        repair: Make what is damaged again, see `repair.repair`, and report what is found then.
+        quarantine: File that the keys of damaged clips are written to, one a line, for `data.skip_list`.
+        progress: Called with (clips done, clips in all).
+
+    Raises:
+        DataError: It is not a data set: no manifest, or one that cannot be used; or a setting is wrong.
+    """
+    if level not in LEVELS:
+        raise DataError(Problem("level", level, "no such level", nearest(str(level), LEVELS)))
+    if not 1 <= workers <= MAX_WORKERS:
+        raise DataError(Problem("workers", workers, f"must be 1 to {MAX_WORKERS}", "use the number of cores"))
+    manifest = read_manifest(folder, "dataset")
+    if manifest.container != "tar" and level != "quick":
+        rule = f"the fields of {manifest.container} data sets have no place in a file that this could read"
+        raise DataError(Problem("level", level, rule, "use level=quick"))
+    report = _Check(folder, manifest, level, workers, progress).run()
+    if repair and not report.sound:
+        done = repair_files(folder, manifest, report.damaged_files)
+        again = _Check(folder, manifest, level, workers, progress).run() if done.names else report
+        report = replace(again, repaired=tuple(done.names), not_repaired=done.failed)
+    if quarantine is not None:
+        write_bytes(quarantine, "".join(f"{key}\n" for key in report.damaged_clips).encode("ascii"))
+    return report
+
+
+@dataclass
+class _Check:
+    folder: Path
+    manifest: Manifest
+    level: Level
+    workers: int
+    progress: Progress | None
+
+    def run(self) -> VerifyReport:
+        findings = Findings()
+        for problem in file_problems(self.folder, self.manifest, "dataset"):
+            findings.add(Finding("file", problem.rule, self._file_name(problem)))
+        if findings.count:
+            return self._report(findings, None, "clips and shards were not checked, for the index cannot be trusted")
+        index = Index(self.folder, self.manifest)
+        findings = check_index(index, self.manifest)
+        if findings.count:
+            return self._report(findings, index, "shards were not checked, for the index cannot be trusted")
+        if self.level != "quick":
+            self._check_fingerprint(index, findings)
+        read = self._check_shards(ClipPlaces(self.folder, self.manifest, index), findings)
+        return self._report(findings, index, "", read)
+
+    def _file_name(self, problem: Problem) -> str:
+        """Return the path, relative to the data set, of the file that a problem is about."""
+        path = Path(str(problem.value))
+        if path.is_relative_to(self.folder):
+            return path.relative_to(self.folder).as_posix()
+        return problem.field.removeprefix("dataset: ").removeprefix("files.")
+
+    def _check_fingerprint(self, index: Index, findings: Findings) -> None:
+        actual = index_fingerprint(index, self.manifest)
+        if actual != self.manifest.fingerprint:
+            text = "fingerprint, the digest of provenance and clips"
+            wanted = self.manifest.fingerprint
+            findings.add(Finding("index", text, "manifest.json", expected=wanted, actual=actual))
+
+    def _check_shards(self, places: ClipPlaces, findings: Findings) -> int:
+        own, tick, total = threading.local(), self._tick(), 0
+
+        def check(shard: int) -> ShardCheck:
+            if not hasattr(own, "reader"):
+                own.reader = SpanReader()
+            return ShardCheck(places, shard, own.reader, tick).run(self.level)
+
+        shards = range(len(self.manifest.shards) if self.manifest.container == "tar" else 0)
+        with ThreadPoolExecutor(self.workers) as threads:
+            for done in threads.map(check, shards):
+                findings.merge(done.findings)
+                total += done.bytes_read
+        return total
+
+    def _tick(self) -> Callable[[int], None]:
+        done, lock = 0, threading.Lock()
+
+        def tick(clips: int) -> None:
+            nonlocal done
+            with lock:
+                done += clips
+                if self.progress is not None and clips:
+                    self.progress(done, self.manifest.num_clips)
+
+        return tick
+
+    def _report(self, findings: Findings, index: Index | None, not_checked: str, read: int = 0) -> VerifyReport:
+        keys = [] if index is None else sorted(index.key(row) for row in findings.rows)
+        return VerifyReport(
+            dataset=str(self.folder),
+            level=self.level,
+            clips=self.manifest.num_clips,
+            shards=len(self.manifest.shards),
+            bytes_read=read,
+            findings=tuple(findings.listed),
+            num_findings=findings.count,
+            damaged_files=tuple(sorted(findings.files)),
+            damaged_clips=tuple(keys),
+            not_checked=not_checked,
+        )
