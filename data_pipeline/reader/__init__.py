@@ -1,0 +1,1 @@
+"""Batches of clips in the global order, at the speed of memory."""

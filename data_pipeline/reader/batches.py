@@ -1,0 +1,270 @@
+"""The steps of a run, as one rank sees them: read ahead by the ring, in the global order, resumable anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.batch import ClipBatch, frames_between
+from data_pipeline.order import micro_batches
+from data_pipeline.reader.clips import ClipReader
+from data_pipeline.reader.device import AheadOnDevice
+from data_pipeline.reader.fill import BatchFiller
+from data_pipeline.reader.global_order import EpochOrder, GlobalOrder, MixtureOrder, buffered
+from data_pipeline.reader.layout import BatchLayout
+from data_pipeline.reader.ring import Ring
+from data_pipeline.reader.shard_reads import MAX_OPEN, OpenShards
+from data_pipeline.reader.state import STATE_FORMAT, ReaderState
+from data_pipeline.stats import ReaderStats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in one optimizer step.
+
+    Attributes:
+        position: First global position of the step.
+        lengths: i64 `[G]`, valid frames of every clip of the whole global batch, on all ranks; clips of weight 0 count
+            no frames.
+        micro: Micro-batches; equally many on every rank.
+    """
+
+    position: int
+    lengths: NDArray[np.int64]
+    micro: list[ClipBatch]
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the whole global batch that have weight, on all ranks."""
+        return int(np.count_nonzero(self.lengths))
+
+    def num_frames(self, first: int = 0, end: int | None = None) -> int:
+        """Return how many valid frames the whole global batch has with numbers first .. end - 1 in their clips.
+
+        This is what summed losses are divided by, so that ranks and micro-batches add up to one mean.
+        """
+        return int(frames_between(self.lengths, first, end).sum())
+
+
+class GlobalBatches(Iterator[StepBatches]):
+    """Endless steps of a run; a step takes the next G global positions, whatever the number of ranks.
+
+    Reading starts with the first step that is asked for.
+    """
+
+    def __init__(
+        self,
+        reader: ClipReader,
+        *,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        device: torch.device | str = "cpu",
+        bad_clips: Path | None = None,
+    ) -> None:
+        """Plan the steps.
+
+        Args:
+            reader: Clips to draw from; its settings and seed give the order.
+            global_batch: Clips in one step over all ranks, G.
+            rank: Data-parallel rank.
+            world_size: Data-parallel ranks; need not divide G.
+            micro_batch: Most clips in one micro-batch.
+            device: Where the steps are wanted; features are decoded there.
+            bad_clips: File that gets one JSON line for each bad clip met; none logs them only.
+
+        Raises:
+            ValueError: Sizes that leave a rank without a clip.
+        """
+        self.frames = reader.frames
+        """Stored frames of a batch, F."""
+        self._reader = reader
+        self._global_batch = global_batch
+        self._shares = micro_batches(global_batch, rank, world_size, micro_batch)
+        self._order = global_order(reader, global_batch)
+        self._layout = BatchLayout.of(reader.manifest, max(1, *(size for _, size in self._shares)), reader.frames)
+        self._device = torch.device(device)
+        self._bad_clips = bad_clips
+        self._position = 0
+        self._ring: Ring[ClipBatch] | None = None
+        self._ahead: AheadOnDevice | None = None
+        self._expected_until = 0
+
+    def __next__(self) -> StepBatches:
+        """Return the next step, and read on behind it.
+
+        Raises:
+            DataError: What went wrong while reading.
+            StopIteration: After an error.
+        """
+        if self._ring is None:
+            self._ring = self._start()
+            if self._device.type == "cuda":
+                self._ahead = AheadOnDevice(partial(self._take, self._ring), self._device)
+        self._expect()
+        try:
+            micro = self._ahead.take() if self._ahead else self._decoded(self._take(self._ring))
+        except BaseException:
+            self.close()
+            raise
+        places = self._order.at(self._position, self._global_batch)
+        lengths = np.where(places.weights > 0, self._reader.lengths[places.rows], 0)
+        step = StepBatches(self._position, lengths, micro)
+        self._position += self._global_batch
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run is: what was handed out counts, what was read ahead does not."""
+        return self._state(self._position).to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place that any number of ranks, threads and micro-batches may have reached.
+
+        Raises:
+            DataError: The place is in other data, or in another order; all differences are named.
+        """
+        saved = ReaderState.from_json(state)
+        self._state(0).check_continues(saved)
+        self.close()
+        self._ring, self._ahead = None, None
+        self._position = self._expected_until = saved.position
+
+    def stats(self) -> ReaderStats:
+        """Return what the reader has done since it was opened, and where it is."""
+        self._reader.counters.set(epoch=self._position // self._order.epoch_length, position=self._position)
+        return self._reader.stats()
+
+    def close(self) -> None:
+        """Stop reading; waits for the reads under way."""
+        if self._ring is not None:
+            self._ring.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _take(self, ring: Ring[ClipBatch]) -> list[ClipBatch]:
+        return [ring.take() for _ in self._shares]
+
+    def _decoded(self, micro: list[ClipBatch]) -> list[ClipBatch]:
+        started = time.monotonic()
+        decoded = [clips.to(self._device) for clips in micro]
+        self._reader.counters.add(copy_seconds=time.monotonic() - started)
+        return decoded
+
+    def _state(self, position: int) -> ReaderState:
+        reader, config = self._reader, self._reader.config
+        order: list[Any] = [config.order, config.tail, config.mixture_block if config.mixture else 0]
+        order += [config.order_shards if config.order == "windowed" else 0]
+        order += [self._global_batch if config.tail != "continuous" else 0]
+        order += [part.model_dump(mode="json") for part in config.mixture]
+        digest = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
+        view = f"{reader.view.digest}-{reader.frames}-{reader.alignment}"
+        return ReaderState(STATE_FORMAT, reader.manifest.fingerprint[:32], view, digest, reader.seed, position)
+
+    def _start(self) -> Ring[ClipBatch]:
+        reader, config = self._reader, self._reader.config.reader
+        filler = BatchFiller(
+            reader.fields,
+            self._layout,
+            reader.alignment,
+            config,
+            reader.seed,
+            reader.counters,
+            reader.store.where,
+            self._report,
+        )
+        per_step, first = len(self._shares), self._position // self._global_batch
+        # A shard that is open keeps its space on the node, also when its copy was given up.
+        windowed = reader.config.order == "windowed"
+        max_open = min(MAX_OPEN, reader.config.order_shards) if windowed else MAX_OPEN
+
+        def fill(number: int, memory: NDArray[np.uint8], files: OpenShards) -> ClipBatch:
+            step, share = divmod(number, per_step)
+            return self._filled(filler, memory, files, start + (step - first) * self._global_batch, self._shares[share])
+
+        start = self._position
+        return Ring(
+            fill,
+            lambda: OpenShards(reader.store, max_open),
+            nbytes=self._layout.nbytes,
+            # A step is handed out whole, so its own batches come on top of those read ahead.
+            blocks=per_step + config.batches,
+            threads=config.threads,
+            first=first * per_step,
+            timeout=config.timeout,
+            counters=reader.counters,
+            pinned=self._device.type == "cuda",
+        )
+
+    def _filled(
+        self, filler: BatchFiller, memory: NDArray[np.uint8], files: OpenShards, start: int, share: tuple[int, int]
+    ) -> ClipBatch:
+        # A rank with fewer clips still needs a batch for the collectives; a clip of weight 0 keeps shapes ordinary.
+        offset, size = share if share[1] else (max(share[0] - 1, 0), 1)
+        positions = np.arange(start + offset, start + offset + size)
+        wanted = self._order.at(start + offset, size)
+        rows, weights = filler.fill(memory, files, wanted, positions)
+        fields = self._layout.tensors(memory, size)
+        view = self._reader.view
+        return ClipBatch(
+            features=fields["features"],
+            features_scale=fields.get("features_scale"),
+            actions=fields["actions"],
+            states=fields.get("states"),
+            extrinsics=fields.get("extrinsics"),
+            lengths=torch.from_numpy(view.lengths[rows]),
+            weights=torch.from_numpy(weights) if share[1] else torch.zeros(size),
+            positions=torch.from_numpy(positions),
+            keys=[view.key(row) for row in rows.tolist()],
+            partitions=[view.partition(row) for row in rows.tolist()],
+        )
+
+    def _expect(self) -> None:
+        """Tell the store what comes, as often as that changes what it should keep."""
+        staged = self._reader.config.staging.folder is not None
+        if staged and self._position >= self._expected_until:
+            self._reader.store.expect(self._order.upcoming_shards(self._position).tolist())
+            every = max(self._global_batch, self._order.epoch_length // 64)
+            self._expected_until = self._position + every
+
+    def _report(self, line: str) -> None:
+        logger.warning("bad clip: %s", line)
+        if self._bad_clips is not None:
+            with self._bad_clips.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def global_order(reader: ClipReader, global_batch: int) -> GlobalOrder:
+    """Return the order in which a run visits a reader's clips.
+
+    Args:
+        reader: Its settings and seed give the order.
+        global_batch: Clips in a step.
+    """
+    config, view, seed = reader.config, reader.view, reader.seed
+    group = config.order_shards if config.order == "windowed" else 0
+    if not config.mixture:
+        return EpochOrder(view.uids, view.shards, seed, group, config.tail, global_batch)
+    parts, orders = [], []
+    for number, part in enumerate(config.mixture):
+        codes = [view.partition_names.index(name) for name in part.view]
+        rows = np.flatnonzero(np.isin(view.partition_codes, codes))
+        rows = rows[buffered(view.uids[rows], seed, part.clips)]
+        parts.append(rows)
+        # Parts that share clips must not visit them in step.
+        orders.append(EpochOrder(view.uids[rows], view.shards[rows], seed + (number << 32), group))
+    weights = [part.weight for part in config.mixture]
+    return MixtureOrder(parts, orders, weights, config.mixture_block, seed, view.shards)

@@ -1,0 +1,305 @@
+"""Filling a block of memory with the clips of a batch: read, checked, aligned, padded; and what a bad one leads to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.alignment import ActionAlignment, aligned
+from data_pipeline.checksum import checksum_function
+from data_pipeline.dataset.index import FRAME_COLUMN
+from data_pipeline.dataset.view import View
+from data_pipeline.dtypes import STORED_TYPES
+from data_pipeline.errors import DataError, Problem
+from data_pipeline.order import mix64
+from data_pipeline.reader.counters import Counters
+from data_pipeline.reader.global_order import Places
+from data_pipeline.reader.layout import BatchLayout
+from data_pipeline.reader.shard_reads import ByteRange, OpenShards, ShortRead, runs
+from data_pipeline.schema import Manifest, ReaderConfig
+
+RETRIES = 2
+_SUBSTITUTE = 0x53554253
+_SMALL = ("actions", "states", "extrinsics")
+
+
+class BadClip(Exception):
+    """Why a clip cannot be used; the message names the field, the offset and the shard."""
+
+    def __init__(self, reason: str, *, kind: str) -> None:
+        """Take what is wrong, and its kind: checksum, short or unreadable."""
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Reading(NamedTuple):
+    """One clip's ranges and where its small fields were put before they are aligned."""
+
+    row: int
+    ranges: dict[str, ByteRange]
+
+
+class ClipFields:
+    """Where the fields of a view's samples lie in the shards, and whether what was read is what was written."""
+
+    def __init__(self, manifest: Manifest, view: View, *, check: bool = True) -> None:
+        """Open the columns of an index.
+
+        Args:
+            manifest: Of the data set.
+            view: Samples.
+            check: Compare checksums.
+        """
+        self.manifest = manifest
+        self.view = view
+        self.check = check
+        column = view.index.column
+        self._columns = {
+            name: tuple(column(f"{name}_{part}") for part in ("offset", "nbytes", "checksum"))
+            for name in manifest.dtypes
+        }
+        self._shards, self._stored, self._rows = column("shard"), column("length"), column("rows")
+        self._frame_checksums = column(FRAME_COLUMN)
+        self._checksum = checksum_function(manifest.checksum)
+
+    def shard(self, row: int) -> int:
+        """Return the shard of one sample."""
+        return int(self._shards[self.view.clips[row]])
+
+    def span(self, row: int, name: str) -> tuple[int, int]:
+        """Return the offset and the size in bytes of what one sample needs of a field."""
+        clip = self.view.clips[row]
+        offset, nbytes = int(self._columns[name][0][clip]), int(self._columns[name][1][clip])
+        if name != "features":
+            return offset, nbytes
+        frame = nbytes // int(self._stored[clip])
+        return offset + int(self.view.starts[row]) * frame, int(self.view.lengths[row]) * frame
+
+    def verify(self, row: int, name: str, content: NDArray[np.uint8]) -> None:
+        """Check what was read of one field.
+
+        Raises:
+            BadClip: It is not what was written.
+        """
+        if not self.check:
+            return
+        clip, length = self.view.clips[row], int(self.view.lengths[row])
+        if name != "features" or length == int(self._stored[clip]):
+            pieces, expected = content[None], [int(self._columns[name][2][clip])]
+        else:
+            first = int(self.view.index.frame_starts[clip]) + int(self.view.starts[row])
+            pieces, expected = content.reshape(length, -1), self._frame_checksums[first : first + length].tolist()
+        actual = [self._checksum(piece) for piece in pieces]
+        if actual != expected:
+            at = next(n for n, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
+            kind = self.manifest.checksum
+            where = f"field {name} at offset {self.span(row, name)[0]} of {self.shard_name(row)}"
+            raise BadClip(f"{where} has {kind} {actual[at]:08x}, expected {expected[at]:08x}", kind="checksum")
+
+    def small(self, row: int, name: str, content: NDArray[np.uint8], alignment: ActionAlignment) -> NDArray[np.float32]:
+        """Return the numbers of actions, states or extrinsics that belong to one sample, f32.
+
+        Args:
+            row: Of the view.
+            name: Field.
+            content: All bytes of the clip's field.
+            alignment: Of recorded actions.
+        """
+        clip, start, length = self.view.clips[row], int(self.view.starts[row]), int(self.view.lengths[row])
+        stored = int(self._stored[clip])
+        kind = STORED_TYPES[self.manifest.dtypes[name]]
+        count = {"actions": int(self._rows[clip]), "states": stored, "extrinsics": stored - 1}[name]
+        values = content.view(kind.numpy).reshape(count, -1)
+        if name == "actions":
+            values = aligned(values, alignment, stored)
+        transitions = length if name == "states" else length - 1
+        return values[start : start + transitions].astype(np.float32, copy=False)
+
+    def shard_name(self, row: int) -> str:
+        """Return the file name of one sample's shard."""
+        return self.manifest.shards[self.shard(row)].name
+
+
+@dataclass
+class BatchFiller:
+    """Fills blocks for the ring; used by all its threads.
+
+    Attributes:
+        fields: Where clips lie.
+        layout: Of a block.
+        alignment: Of recorded actions.
+        config: What to do with a bad clip.
+        seed: Of the run; a substitute is drawn by it and by the position.
+        counters: What has been done.
+        where: Path or URL of a shard, for errors.
+        report: Takes one JSON line for each bad clip met.
+    """
+
+    fields: ClipFields
+    layout: BatchLayout
+    alignment: ActionAlignment
+    config: ReaderConfig
+    seed: int
+    counters: Counters
+    where: Callable[[int], str]
+    report: Callable[[str], None]
+    _bad: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fill(self, block: NDArray[np.uint8], files: OpenShards, places: Places, positions: NDArray[np.int64]) -> Places:
+        """Read clips into a block.
+
+        Args:
+            block: u8 `[layout.nbytes]`.
+            files: Of the calling thread.
+            places: Clips; at most `layout.clips`.
+            positions: Of the clips in the run.
+
+        Returns:
+            The clips that are in the block now, and their weights: other ones where bad clips were met.
+
+        Raises:
+            DataError: A clip is bad and must not be, or too many are.
+        """
+        started = time.monotonic()
+        rows, weights = places.rows.copy(), places.weights.copy()
+        readings = [self._reading(block, number, int(row)) for number, row in enumerate(rows)]
+        left, unread = [len(reading.ranges) for reading in readings], set[int]()
+        for run in runs(item for reading in readings for item in reading.ranges.values()):
+            try:
+                files.read(run)
+            except (OSError, ShortRead, DataError):
+                # One of the ranges cannot be read; which, shows when each clip is read alone.
+                unread |= {item.owner for item in run}
+            for number in [item.owner for item in run]:
+                left[number] -= 1
+                if left[number] == 0:
+                    reading, row, weight = self._settled(
+                        block, files, readings[number], int(positions[number]), number in unread
+                    )
+                    rows[number], weights[number] = row, weight * weights[number]
+                    self._finish(block, number, reading)
+        nbytes = sum(len(item.target) for reading in readings for item in reading.ranges.values())
+        self.counters.add(clips_read=len(rows), bytes_read=nbytes, read_seconds=time.monotonic() - started)
+        return Places(rows, weights)
+
+    def _reading(self, block: NDArray[np.uint8], number: int, row: int) -> Reading:
+        ranges = {}
+        for name in self.fields.manifest.dtypes:
+            offset, nbytes = self.fields.span(row, name)
+            direct = name in ("features", "features_scale")
+            target = self.layout.clip_bytes(block, name, number)[:nbytes] if direct else np.empty(nbytes, np.uint8)
+            ranges[name] = ByteRange(self.fields.shard(row), offset, target, number)
+        return Reading(row, ranges)
+
+    def _settled(
+        self, block: NDArray[np.uint8], files: OpenShards, reading: Reading, position: int, unread: bool
+    ) -> tuple[Reading, int, float]:
+        """The clip that takes a place, checked, and its weight."""
+        try:
+            if unread:
+                self._read_alone(files, reading, again=False)
+            self._verified(files, reading)
+            return reading, reading.row, 1.0
+        except BadClip as error:
+            self._note(reading.row, position, error)
+            first = error
+        if self.config.on_bad_clip == "mask":
+            for item in reading.ranges.values():
+                item.target[:] = 0
+            return reading, reading.row, 0.0
+        for row in self._substitutes(reading.row, position):
+            other = self._reading(block, reading.ranges["features"].owner, int(row))
+            try:
+                self._read_alone(files, other, again=False)
+                self._verified(files, other)
+            except BadClip as error:
+                self._note(int(row), position, error)
+                continue
+            return other, int(row), 1.0
+        raise self._error(reading.row, first, "no clip of the same length is left to take its place")
+
+    def _verified(self, files: OpenShards, reading: Reading) -> None:
+        for attempt in range(RETRIES + 1):
+            started = time.monotonic()
+            try:
+                for name, item in reading.ranges.items():
+                    self.fields.verify(reading.row, name, item.target)
+                return
+            except BadClip:
+                self.counters.add(checksum_errors=1)
+                if attempt == RETRIES:
+                    raise
+            finally:
+                self.counters.add(checksum_seconds=time.monotonic() - started)
+            self._read_alone(files, reading, again=True)
+
+    def _read_alone(self, files: OpenShards, reading: Reading, *, again: bool) -> None:
+        for attempt in range(RETRIES + 1):
+            try:
+                if again or attempt:
+                    self.counters.add(retries=1)
+                    files.read_again(reading.ranges.values())
+                else:
+                    for run in runs(reading.ranges.values()):
+                        files.read(run)
+                return
+            except ShortRead as error:
+                kind, reason = "short", str(error)
+            except OSError as error:
+                kind, reason = "unreadable", f"{error.strerror} ({type(error).__name__})"
+            except DataError as error:
+                kind, reason = "unreadable", str(error)
+            if attempt == RETRIES:
+                raise BadClip(f"{self.fields.shard_name(reading.row)}: {reason}", kind=kind)
+
+    def _substitutes(self, row: int, position: int) -> NDArray[np.int64]:
+        """Clips of the same length, in an order drawn by the position: every number of ranks takes the same one."""
+        view = self.fields.view
+        alike = np.flatnonzero(view.lengths == view.lengths[row])
+        order = np.argsort(mix64(view.uids[alike], self.seed, position, _SUBSTITUTE), kind="stable")
+        return alike[order[alike[order] != row]]
+
+    def _note(self, row: int, position: int, error: BadClip) -> None:
+        self.counters.add(**{f"bad_clips_{error.kind}": 1})
+        record = {
+            "key": self.fields.view.key(row),
+            "shard": self.fields.shard_name(row),
+            "offset": self.fields.span(row, "features")[0],
+            "position": position,
+            "reason": str(error),
+            "policy": self.config.on_bad_clip,
+        }
+        self.report(json.dumps(record))
+        if self.config.on_bad_clip == "raise":
+            raise self._error(row, error, "no clip may be bad with data.reader.on_bad_clip=raise")
+        allowed = int(np.ceil(self.config.max_bad_fraction * len(self.fields.view)))
+        with self._lock:
+            self._bad.add(row)
+            found = len(self._bad)
+        if found > allowed:
+            rule = f"{found} of {len(self.fields.view)} clips are bad, more than data.reader.max_bad_fraction allows"
+            raise self._error(row, error, rule)
+
+    def _error(self, row: int, error: BadClip, rule: str) -> DataError:
+        fix = "`hopescale data verify` lists what is damaged; copy the shard again, and check the disk"
+        where = self.where(self.fields.shard(row))
+        return DataError(Problem(f"data.path: clip {self.fields.view.key(row)}", where, f"{error}; {rule}", fix))
+
+    def _finish(self, block: NDArray[np.uint8], number: int, reading: Reading) -> None:
+        """Align the small fields into the block and clear what a longer clip left there."""
+        read = reading.ranges["features"].target
+        self.layout.clip_bytes(block, "features", number)[len(read) :] = 0
+        for name in _SMALL:
+            if name in self.layout.shapes:
+                target = self.layout.clip_array(block, name, number)
+                values = self.fields.small(reading.row, name, reading.ranges[name].target, self.alignment)
+                target[: len(values)] = values
+                target[len(values) :] = 0
