@@ -141,28 +141,117 @@ def simulate(
 
 @data_app.command()
 def encode(
-    pixels: Annotated[Path, typer.Argument(help="Folder of pixels.")],
+    pixels: Annotated[Path, typer.Argument(help="Folder of pixels, or of videos: KEY.mp4 and KEY.actions.npy.")],
     out: Annotated[Path, typer.Argument(help="Folder for the features.")],
     overrides: Settings = None,
+    encoder: Annotated[str | None, typer.Option(help="The same as encoder=…")] = None,
+    weights: Annotated[str | None, typer.Option(help="The same as weights=…")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn pixels into features. Settings: encoder mode batch_frames."""
-    from hopescale.data_commands import encode_pixels
+    """Turn pixels or videos into features. The same command again goes on where it was interrupted.
 
-    _finish_data(encode_pixels(pixels, out, overrides or [], progress), as_json)
+    Settings: encoder (efficientnet-lite0, vjepa2 or module:function), weights (a folder or a hub id), mode (per-frame,
+    prefix or clip), dtype (float16, float32 or bfloat16), device (cpu or cuda), batch_frames, size (pixels), alignment
+    (of actions), on_error (fail or skip), part (i/n, i from 0); of videos also frames, fps and heldout. Under torchrun
+    every rank encodes a part, with device=cuda on a GPU of its own.
+    """
+    from hopescale.data_commands import encode_pixels
+    from hopescale.parallel.process_group import read_launch
+
+    options = {"encoder": encoder, "weights": weights}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    result = encode_pixels(pixels, out, [*given, *(overrides or [])], progress)
+    if read_launch().is_first:
+        _finish_data(result, as_json)
+        if result["digest"] is None and not as_json:
+            index, count = result["part"]
+            print(f"part {index} of {count} is done; the last one to finish completes the folder")
 
 
 @data_app.command()
 def shard(
-    features: Annotated[Path, typer.Argument(help="Folder of features.")],
+    source: Annotated[str, typer.Argument(help="Folder or file of clips, e.g. what `data encode` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
+    overrides: Settings = None,
+    part: Annotated[str | None, typer.Option(help="The same as part=…")] = None,
+    container: Annotated[str | None, typer.Option("--format", help="The same as format=…")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack clips into WebDataset tars with an index. The same command again goes on where it was interrupted.
+
+    Settings: clips_per_shard (0 fills half a GiB), seed, dtype (keep, float32, float16, bfloat16 or int8), statistics
+    (auto, all or sample), format (tar, or zarr for analysis), max_error, on_error (fail or skip), workers, part (i/n, i
+    from 0; `data merge` completes the data set), paranoid (hash finished shards again), dry_run. Of the source: kind,
+    partitions=[NAME=FIRST..END,...], split (heldout=0.1 or heldout_last=0.1), source.OPTION, provenance.ENTRY.
+    """
+    from hopescale.shard_commands import shard_clips
+
+    options = {"part": part, "format": container}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    _finish_data(shard_clips(source, out, [*given, *(overrides or [])], progress), as_json)
+
+
+@data_app.command("merge")
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder that all parts were written to.")], as_json: Json = False
+) -> None:
+    """Complete a data set whose parts were written by `data shard part=i/n`; a complete one is left as it is."""
+    from hopescale.shard_commands import merge_shards
+
+    _finish_data(merge_shards(out), as_json)
+
+
+@data_app.command("verify")
+def verify_data(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
+    overrides: Settings = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damaged shards again from their source.")] = False,
+    quarantine: Annotated[Path | None, typer.Option(help="File for the damaged clips' keys: data.skip_list.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read shards.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Check a data set. Exit code 0: sound; 1: damaged, and what; 2: not usable as a data set.
+
+    Settings: level=quick (index and sizes), crc (every field of every clip), or full (every byte, and the tars).
+    """
+    from hopescale.dataset_commands import verify_dataset
+
+    result, code = verify_dataset(
+        dataset, overrides or [], workers=workers, repair=repair, quarantine=quarantine, bar=progress
+    )
+    _finish(result, as_json)
+    raise typer.Exit(code)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
+    overrides: Settings = None,
+    png: Annotated[Path | None, typer.Option(help="Picture of the features: colours, a tile a frame.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a data set. Settings: key=KEY shows one clip."""
+    from hopescale.dataset_commands import inspect_dataset
+
+    _finish(inspect_dataset(dataset, overrides or [], png, quiet=as_json), as_json)
+
+
+@data_app.command("index")
+def index_data(
+    folder: Annotated[Path, typer.Argument(help="Folder of .tar files: KEY.features.npy, KEY.actions.npy, ….")],
     overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Pack features into WebDataset tars with an index. Settings: clips_per_shard seed."""
-    from hopescale.data_commands import shard_features
+    """Make a data set of tars where they lie, by an index beside them; the tars are not touched.
 
-    _finish_data(shard_features(features, out, overrides or [], progress), as_json)
+    Settings: fields=features:NAME,actions:NAME (members without their key), tokens (of a frame, for features
+    [F * N, E]), features_dtype (of unsigned integers), encode_mode, encoder, action_alignment,
+    partitions=[NAME=FIRST..END,...], split (heldout=0.1 or heldout_last=0.1), statistics (auto, all or sample),
+    workers, replace (index anew).
+    """
+    from hopescale.dataset_commands import index_folder
+
+    _finish_data(index_folder(folder, overrides or [], progress), as_json)
 
 
 @app.command()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from data_pipeline.encode import encode
+from data_pipeline.encode.run import encode
 from data_pipeline.errors import nearest
-from data_pipeline.shard import shard
-from data_pipeline.simulate import SimulationSpec, simulate
+from data_pipeline.pixels.simulate import SimulationSpec, simulate
 from hopescale.errors import ConfigError, Problem
+from hopescale.parallel.process_group import Launch, read_launch
 
 
 def _folder(out: Path) -> Path:
@@ -24,6 +24,7 @@ def _folder(out: Path) -> Path:
 
 
 Bar = Callable[[str], Callable[[int, int], None]]
+_EXAMPLES = {bool: "true", float: "0.5", int: "16", str: "text", tuple: "[a,b]"}
 
 
 def simulate_pixels(out: Path, settings: Sequence[str], bar: Bar) -> dict[str, Any]:
@@ -33,51 +34,97 @@ def simulate_pixels(out: Path, settings: Sequence[str], bar: Bar) -> dict[str, A
         UserError: unknown settings, or what `simulate` refuses.
     """
     valid = {f.name: f.default for f in fields(SimulationSpec)}
-    spec = SimulationSpec(**_parse(settings, valid))
+    spec = SimulationSpec(**parse_settings(settings, valid))
     document = simulate(spec, _folder(out), bar("simulate"))
     return {"out": str(out), "clips": len(document["clips"]), "digest": document["digest"]}
 
 
 def encode_pixels(pixels: Path, out: Path, settings: Sequence[str], bar: Bar) -> dict[str, Any]:
-    """Encode a pixels folder into `out`.
+    """Encode a folder of pixels or videos into `out`: all of it, or under torchrun the part of this rank.
+
+    Returns:
+        What was made; the digest is None while other parts are at work.
 
     Raises:
         UserError: unknown settings, or what `encode` refuses.
     """
-    document = encode(pixels, _folder(out), **_parse(settings, _keywords(encode)), progress=bar("encode"))
-    return {"out": str(out), "clips": len(document["clips"]), "digest": document["digest"]}
+    launch = read_launch()
+    values = parse_settings(settings, {**_keywords(encode), "part": "0/1"})
+    if "part" in values:
+        values["part"] = _part(values["part"])
+    if launch.launched:
+        values = _share(values, launch)
+    document = encode(pixels, _folder(out), **values, progress=bar("encode") if launch.is_first else None)
+    return {
+        "out": str(out),
+        "clips": len(document["clips"]),
+        "digest": document.get("digest"),
+        "part": list(values.get("part", (0, 1))),
+        "skipped": [f"{clip['key']}: {clip['reason']}" for clip in document["skipped"]],
+    }
 
 
-def shard_features(features: Path, out: Path, settings: Sequence[str], bar: Bar) -> dict[str, Any]:
-    """Shard a features folder into `out`.
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        rule = "must be i/n with i from 0 to n - 1"
+        raise ConfigError(Problem("part", text, rule, "write part=0/4 to part=3/4 for four processes"))
+    return int(index), int(count)
 
-    Raises:
-        UserError: unknown settings, or what `shard` refuses.
-    """
-    manifest = shard(features, _folder(out), **_parse(settings, _keywords(shard)), progress=bar("shard"))
-    clips = sum(s.num_clips for s in manifest.shards)
-    shards = [asdict(s) for s in manifest.shards]
-    return {"out": str(out), "clips": clips, "shards": shards, "fingerprint": manifest.fingerprint}
+
+def _share(values: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    if "part" in values:
+        rule = f"the launcher has started {launch.world_size} ranks, and each takes a part of its own"
+        raise ConfigError(Problem("part", "given", rule, "leave part out, or start without torchrun"))
+    values = {**values, "part": (launch.rank, launch.world_size)}
+    if values.get("device") == "cuda":
+        values["device"] = f"cuda:{launch.local_rank}"
+    return values
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not None}
+    """The settings of a function: each with its default, or with its type where the default is None."""
+    hints = get_type_hints(function)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    found = {p.name: _plain_type(hints[p.name]) if p.default is None else p.default for p in parameters}
+    return {name: default for name, default in found.items() if default is not None}
 
 
-def _parse(settings: Sequence[str], valid: dict[str, Any]) -> dict[str, Any]:
-    """Values by name, each of the type of its default."""
+def _plain_type(hint: Any) -> type | None:
+    """The type that `hint | None` stands for, if a value of it can be written on a command line."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if len(kinds) != 1:
+        return None
+    kind = type(get_args(kinds[0])[0]) if get_origin(kinds[0]) is Literal else get_origin(kinds[0]) or kinds[0]
+    return kind if kind in (bool, float, int, str, tuple) else None
+
+
+def parse_settings(settings: Sequence[str], valid: dict[str, Any]) -> dict[str, Any]:
+    """Values by name, each of the type of its default, or of the type that stands in its place.
+
+    Raises:
+        ConfigError: unknown settings, values of another type, or settings given twice; all at once.
+    """
     values, problems = {}, []
     for text in settings:
         name, equals, raw = text.partition("=")
         if not equals or name not in valid:
             problems.append(Problem(name, raw or "nothing", "is not a setting of this command", nearest(name, valid)))
             continue
+        if name in values:
+            problems.append(Problem(name, raw, f"is given twice, also as {values[name]}", "give it once"))
+            continue
         value = yaml.safe_load(raw)
         value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not type(valid[name]):
-            kind = type(valid[name]).__name__
-            problems.append(Problem(name, raw, f"must be of type {kind}", f"write it like {name}={valid[name]}"))
+        kind = valid[name] if isinstance(valid[name], type) else type(valid[name])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is str and type(value) is not str:
+            # A folder may be called 2024.
+            value = raw
+        if type(value) is not kind:
+            example = _EXAMPLES[kind] if isinstance(valid[name], type) else valid[name]
+            problems.append(Problem(name, raw, f"must be of type {kind.__name__}", f"write it like {name}={example}"))
         values[name] = value
     if problems:
         raise ConfigError(problems)

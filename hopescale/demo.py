@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.cache import cached_folder, content_key, write_json
-from data_pipeline.encode import FEATURES_FILE, encode, features_key_parts
-from data_pipeline.shard import shard, shards_key_parts
-from data_pipeline.simulate import PIXELS_FILE, SIMULATOR_VERSION, SimulationSpec, simulate
+from data_pipeline.encode.run import FEATURES_FILE, encode, features_key_parts
+from data_pipeline.pixels.simulate import PIXELS_FILE, SIMULATOR_VERSION, SimulationSpec, simulate
+from data_pipeline.shard.run import shard, shards_key_parts
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, UserError

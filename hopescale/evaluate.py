@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import ClipBatch
 from data_pipeline.order import rank_share
-from data_pipeline.reader import ClipReader
+from data_pipeline.reader.clips import ClipReader
 from hopescale.model.ahead import jump, roll_out
 from hopescale.model.objective import distance
 from hopescale.model.predictor import normalise
@@ -150,7 +150,7 @@ def one_step_error(
     """Error of predicting frame t + 1 from the true frames 0 .. t."""
     past_states = None if clips.states is None else clips.states[:, :-1]
     given = clips.actions if actions is None else actions
-    prediction = model(clips.features[:, :-1], given, past_states, writes=writes)
+    prediction = model(clips.features[:, :-1], given, past_states, extrinsics=clips.extrinsics, writes=writes)
     return distance(prediction.frames, truth[:, 1:], "l1")
 
 
@@ -171,7 +171,14 @@ def rollout(
     states = None if clips.states is None else clips.states[:, first:]
     steps = given.shape[1] + 1 - first - context
     return roll_out(
-        model, clips.features[:, first:], given[:, first:], states, context=context, steps=steps, writes=writes
+        model,
+        clips.features[:, first:],
+        given[:, first:],
+        states,
+        extrinsics=None if clips.extrinsics is None else clips.extrinsics[:, first:],
+        context=context,
+        steps=steps,
+        writes=writes,
     )
 
 
@@ -196,7 +203,9 @@ def jump_error(
     """Error of predicting each of the last `horizons` frames straight from the first `context`."""
     last = range(truth.shape[1] - horizons, truth.shape[1])
     targets = [torch.full((len(truth),), frame, device=truth.device) for frame in last]
-    predicted = jump(model, clips.features, clips.actions, clips.states, targets, context=context)
+    predicted = jump(
+        model, clips.features, clips.actions, clips.states, targets, extrinsics=clips.extrinsics, context=context
+    )
     return distance(predicted, truth[:, -horizons:], "l1")
 
 
@@ -258,7 +267,9 @@ def surprise_by_frame(model: nn.Module, reader: ClipReader, chunk_size: int, dev
     for rows, _ in _rows(reader.num_clips, 16, 0, 1):
         clips = reader.read(rows).to(device)
         states = None if clips.states is None else clips.states[:, :-1]
-        traces = model(clips.features[:, :-1], clips.actions, states, keep_state=True).traces
+        traces = model(
+            clips.features[:, :-1], clips.actions, states, extrinsics=clips.extrinsics, keep_state=True
+        ).traces
         transitions = clips.actions.shape[1]
         by_write = torch.stack([trace.surprise for trace in traces]) if traces else torch.zeros(0, 0, 0)
         if not by_write.numel():

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from data_pipeline.cache import write_json
-from data_pipeline.pixels import read_frames
-from data_pipeline.reader import ClipReader
+from data_pipeline.pixels.frames import read_frames
+from data_pipeline.reader.clips import ClipReader
 from hopescale.checkpoint import contents
 from hopescale.checkpoint.manager import committed, load_tensors
 from hopescale.checkpoint.manifest import verify

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from data_pipeline.manifest import dataset_folder
-from data_pipeline.reader import ClipReader
+from data_pipeline.reader.clips import ClipReader
 from hopescale.config.checks import clip_length_problems
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, DataError, Problem, UserError
@@ -45,7 +44,7 @@ def open_held_out(config: Config) -> ClipReader:
     Raises:
         DataError: they are not there or do not fit.
     """
-    reader = ClipReader(dataset_folder(config.data), config.data, split="heldout", seed=config.train.seed)
+    reader = ClipReader(config.data, split="heldout", seed=config.train.seed)
     problems = _shape_problems(config, reader)
     if problems:
         raise DataError(problems)
@@ -61,7 +60,7 @@ def _collect(problems: list[Problem], check: Callable[[], T]) -> T | None:
 
 
 def _open_readers(config: Config, launch: Launch) -> tuple[ClipReader, ClipReader]:
-    train = ClipReader(dataset_folder(config.data), config.data, split="train", seed=config.train.seed)
+    train = ClipReader(config.data, split="train", seed=config.train.seed)
     problems = [*_shape_problems(config, train), *_size_problems(config, launch, train)]
     if problems:
         raise DataError(problems)
@@ -88,6 +87,8 @@ def _shape_problems(config: Config, reader: ClipReader) -> list[Problem]:
     ]
     if model.state_dim:
         pairs.append(("model.state_dim", model.state_dim, reader.state_dim, "numbers a state"))
+    if model.extrinsics_dim and reader.extrinsics_dim:
+        pairs.append(("model.extrinsics_dim", model.extrinsics_dim, reader.extrinsics_dim, "numbers of extrinsics"))
     problems = [
         Problem(field, mine, f"the data in {path} has {theirs} {what}", f"set {field} to fit the data")
         for field, mine, theirs, what in pairs

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.reader import ClipReader, GlobalBatches
+from data_pipeline.reader.batches import GlobalBatches
+from data_pipeline.reader.clips import ClipReader
 from hopescale import __version__
 from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager
@@ -23,7 +24,7 @@ from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
-from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, DataError, Problem, UserError, describe
+from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
@@ -97,11 +98,11 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         stack.enter_context(attempt.failing_aloud())
         attempt.say("running")
         check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
-        if data.state_dim and not config.model.state_dim:
-            logger.info("the %d numbers of the clips' states are not read: model.state_dim=0", data.state_dim)
+        report_unread(config, data)
         model, optimizer = build(config, device, launch.world_size)
         checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
-        state = resume(run, config, data, checkpoints, model, optimizer)
+        batches = global_batches(config, launch, device, data, attempt)
+        state = resume(run, config, batches, checkpoints, model, optimizer)
         decide_on_first(lambda: run.write_config(config))
         groups = [group["name"] for group in optimizer.param_groups]
         with Together():
@@ -111,7 +112,7 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
             config=config,
             model=model,
             optimizer=optimizer,
-            data=stack.enter_context(closing(global_batches(config, launch, data, state))),
+            data=stack.enter_context(closing(batches)),
             recorder=recorder,
             checkpoints=checkpoints,
             evaluate=lambda: evaluate(model, config, held_out, device, launch, state.step),
@@ -127,6 +128,16 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
     return code
 
 
+def report_unread(config: Config, data: ClipReader) -> None:
+    """Say which fields of the clips the model has no input for, and the other way round."""
+    if data.state_dim and not config.model.state_dim:
+        logger.info("the %d numbers of the clips' states are not read: model.state_dim=0", data.state_dim)
+    if data.extrinsics_dim and not config.model.extrinsics_dim:
+        logger.info("the %d numbers of the extrinsics are not read: model.extrinsics_dim=0", data.extrinsics_dim)
+    if config.model.extrinsics_dim and not data.extrinsics_dim:
+        logger.info("the clips have no extrinsics: model.extrinsics_dim=%d zeros", config.model.extrinsics_dim)
+
+
 def run_info(config: Config, attempt: Attempt) -> dict[str, str]:
     """What the metric `hopescale_run_info` says of this incarnation."""
     return {
@@ -137,16 +148,18 @@ def run_info(config: Config, attempt: Attempt) -> dict[str, str]:
     }
 
 
-def global_batches(config: Config, launch: Launch, data: ClipReader, state: RunState) -> GlobalBatches:
-    """This rank's share of every global batch, from where the run goes on."""
+def global_batches(
+    config: Config, launch: Launch, device: torch.device, data: ClipReader, attempt: Attempt
+) -> GlobalBatches:
+    """This rank's share of every global batch."""
     return GlobalBatches(
         data,
         global_batch=config.train.global_batch,
-        seed=config.train.seed,
         rank=launch.rank,
         world_size=launch.world_size,
         micro_batch=config.train.micro_batch or config.train.global_batch,
-        start_step=state.attempted_steps,
+        device=device,
+        bad_clips=attempt.run.logs / f"bad-clips-{launch.rank}.jsonl",
     )
 
 
@@ -190,27 +203,22 @@ def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Mod
 
 
 def resume(
-    run: RunFolder, config: Config, data: ClipReader, checkpoints: CheckpointManager, model: nn.Module, optimizer: M3
+    run: RunFolder,
+    config: Config,
+    batches: GlobalBatches,
+    checkpoints: CheckpointManager,
+    model: nn.Module,
+    optimizer: M3,
 ) -> RunState:
     """Go on from the newest valid checkpoint of the run folder, or start at step 0."""
-    order = {"seed": config.train.seed, "global_batch": config.train.global_batch, "data": data.fingerprint()}
     folder = decide_on_first(lambda: newest_valid(run.checkpoints))
     if folder is None:
-        return RunState(order=order)
+        return RunState()
     check_same_curve(read_manifest(folder)["config"], to_tree(config))
     state = checkpoints.restore(folder, model, optimizer)
-    if not state.order:
-        # An imported checkpoint has a place in no data yet.
-        state.order = order
-    if state.order != order:
-        raise DataError(
-            Problem(
-                "data.path",
-                config.data.path,
-                f"this run counts its position in other data: {state.order}, now {order}",
-                "resume with the same data set and data.view, or start a new run",
-            )
-        )
+    # An imported checkpoint has a place in no data yet: it starts behind the clips that its steps would have taken.
+    position = state.attempted_steps * config.train.global_batch
+    batches.load_state_dict(state.data or {**batches.state_dict(), "position": position})
     logger.info("resumed from %s at step %d", folder, state.step)
     return state
 

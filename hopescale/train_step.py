@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import StepBatches
+from data_pipeline.reader.batches import StepBatches
 from hopescale.config.schema import Config
 from hopescale.draws import drop_path_draws, jump_targets
 from hopescale.model.block import MAX_BRANCHES
@@ -108,6 +108,7 @@ def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: in
             clips.weights.to(device, non_blocking=True),
             targets.to(device, non_blocking=True),
             draws,
+            extrinsics=clips.extrinsics,
             consolidate=config.model.longterm is not None,
         )
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import GlobalBatches, StepBatches
+from data_pipeline.batch import ClipBatch, not_finite
+from data_pipeline.reader.batches import GlobalBatches, StepBatches
 from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.config.schema import Config
@@ -111,8 +111,7 @@ class Trainer:
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
         """The next global batch's share of this rank, on its device."""
         with Together(), self.clock.waiting():
-            batch = next(batches)
-        return batch.to(self.device)
+            return next(batches)
 
     def step(self, batches: StepBatches) -> StepResult:
         """One optimizer step; one whose gradients are not finite consumes its clips and moves nothing else."""
@@ -144,8 +143,10 @@ class Trainer:
     def report_skipped(self, batches: StepBatches) -> None:
         """Log which of this rank's clips a skipped step consumed."""
         keys = [key for clips in batches.micro for key, w in zip(clips.keys, clips.weights, strict=True) if w > 0]
+        broken = [key for clips in batches.micro for key in not_finite(clips)]
+        why = f"; the data itself holds values that are not finite: {', '.join(broken)}" if broken else ""
         attempt = self.state.attempted_steps
-        logger.warning("skipped attempt %d: gradients are not finite; clips %s", attempt, ", ".join(keys))
+        logger.warning("skipped attempt %d: gradients are not finite; clips %s%s", attempt, ", ".join(keys), why)
 
     def record(self, result: StepResult, micro: list[ClipBatch]) -> None:
         """Add up the step's figures where they are; nothing is reduced or copied before a log step."""
@@ -210,6 +211,7 @@ class Trainer:
         """Commit a checkpoint."""
         with self.clock.paused():
             began = time()
+            self.state.data = self.data.state_dict()
             self.checkpoints.save(self.model, self.optimizer, self.state)
             self.recorder.set("checkpoint_seconds", time() - began)
             self.recorder.set("last_checkpoint_timestamp_seconds", time())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.batch import ClipBatch
-from data_pipeline.reader import StepBatches
+from data_pipeline.reader.batches import StepBatches
 from hopescale.model.schema import ModelConfig
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.simulate import npz_bytes
+from data_pipeline.pixels.simulate import npz_bytes
 
 
 def write_features(

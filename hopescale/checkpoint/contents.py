@@ -6,12 +6,12 @@ Tensors (through DCP, sharded, by global shape):
     waiting/NAME              one row a rank: changes of long-term memories that are not carried over yet
 Numbers (JSON, in the manifest):
     step                      optimizer steps taken
-    attempted_steps           steps tried, skipped ones included: the position in the data is attempted x global batch
+    attempted_steps           steps tried, skipped ones included; random draws count in them
     skipped_in_a_row          the last steps, if their gradients were not finite
     optimizer_steps           steps each optimizer group has seen; it has fired on every period-th of them
     best, evaluations_without_gain      early stopping
     curriculum                phases begun, and the surprise seen since by one that waits for its plateau
-    order                     seed, global batch and data fingerprint that `attempted_steps` counts in
+    data                      the reader's state: position in the clips, and which clips in which order that counts in
 Random draws need no state: each is a function of (seed, step, position, layer, purpose).
 """
 
@@ -37,7 +37,7 @@ class RunState:
     best: float | None = None
     evaluations_without_gain: int = 0
     curriculum: Progress = field(default_factory=Progress)
-    order: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers for the manifest."""

@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-PREFIX = "hopescale_"
-
-Kind = Literal["gauge", "counter"]
-Reduction = Literal["mean", "rms", "sum", "rank", "global"]
-Record = Literal["train", "eval", "checkpoint", "info"]
-
+from hopescale.metrics.data_metrics import READER_METRICS, SHARDER_METRICS
+from hopescale.metrics.metric import Metric
 
 MEMORIES = ("key", "value", "eta", "alpha", "main")
 OF_THE_RUN: Mapping[str, int] = MappingProxyType({"group": 32, "level": 16, "frame": 64})
@@ -27,39 +21,6 @@ OF_THE_RUN: Mapping[str, int] = MappingProxyType({"group": 32, "level": 16, "fra
 
 class UnknownMetric(LookupError):
     """A key or label that the catalog does not hold; the message names the nearest one it does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One row of the catalog.
-
-    Attributes:
-        key: name in `metrics.jsonl` and TensorBoard; a label value is appended to it after an underscore.
-        kind: Prometheus type.
-        unit: `seconds`, `bytes` and `ratio` are also the suffix of the key; "" where the number has no unit.
-        help: one sentence.
-        labels: Prometheus label names.
-        label_values: the values of the one label where they are fixed in code; those of `OF_THE_RUN` come from the run.
-        overall: may also be recorded without its label: key alone in `metrics.jsonl`, label value `all` in Prometheus.
-        reduction: over ranks: `mean` = sum / count, `rms` = its root, where squares are summed up, `sum`, `rank` = kept
-            per rank (files hold the mean), `global` = the same on all ranks, taken from rank 0.
-        record: the kind of flush that publishes it; `info` goes to Prometheus only.
-    """
-
-    key: str
-    kind: Kind = "gauge"
-    unit: str = ""
-    help: str
-    labels: tuple[str, ...] = ()
-    label_values: tuple[str, ...] = ()
-    overall: bool = False
-    reduction: Reduction
-    record: Record = "train"
-
-    @property
-    def name(self) -> str:
-        """Prometheus name."""
-        return PREFIX + self.key
 
 
 CATALOG: tuple[Metric, ...] = (
@@ -198,42 +159,8 @@ CATALOG: tuple[Metric, ...] = (
         reduction="rank",
         help="Peak memory allocated by the rank on its device (resident set on CPU).",
     ),
-    # Reader.
-    Metric(
-        key="reader_clips_total",
-        kind="counter",
-        unit="clips",
-        reduction="sum",
-        help="Clips read by all ranks in this incarnation.",
-    ),
-    Metric(
-        key="reader_bytes_total",
-        kind="counter",
-        unit="bytes",
-        reduction="sum",
-        help="Bytes read from shards by all ranks in this incarnation.",
-    ),
-    Metric(
-        key="reader_read_seconds_total",
-        kind="counter",
-        unit="seconds",
-        reduction="sum",
-        help="Time the readers' threads of all ranks spent reading and decoding.",
-    ),
-    Metric(
-        key="reader_wait_seconds_total",
-        kind="counter",
-        unit="seconds",
-        reduction="sum",
-        help="Time all ranks waited inside the reader for a batch.",
-    ),
-    Metric(
-        key="reader_checksum_errors_total",
-        kind="counter",
-        unit="errors",
-        reduction="sum",
-        help="Clips refused by all ranks because their checksum did not match.",
-    ),
+    *READER_METRICS,
+    *SHARDER_METRICS,
     # Checkpoints.
     Metric(
         key="checkpoint_seconds",
@@ -385,17 +312,6 @@ CATALOG: tuple[Metric, ...] = (
 )
 
 _BY_KEY: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in CATALOG})
-
-READER_STATS: Mapping[str, str] = MappingProxyType(
-    {
-        "clips_read": "reader_clips_total",
-        "bytes_read": "reader_bytes_total",
-        "read_seconds": "reader_read_seconds_total",
-        "wait_seconds": "reader_wait_seconds_total",
-        "checksum_errors": "reader_checksum_errors_total",
-    }
-)
-"""Field of `data_pipeline.stats.ReaderStats` -> key."""
 
 
 def by_key(key: str) -> Metric:

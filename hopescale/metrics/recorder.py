@@ -21,13 +21,13 @@ from torch import Tensor
 from hopescale.metrics.catalog import (
     CATALOG,
     OF_THE_RUN,
-    READER_STATS,
-    Metric,
     UnknownMetric,
     by_key,
     flat_key,
     nearest,
 )
+from hopescale.metrics.data_metrics import READER_STATS
+from hopescale.metrics.metric import Metric
 from hopescale.metrics.sinks.base import Sink
 from hopescale.metrics.sinks.rank_file import RankFile, Sample
 from hopescale.metrics.throughput import Window
@@ -195,7 +195,9 @@ class Recorder:
         for field in dataclasses.fields(stats):
             if field.name not in READER_STATS:
                 raise UnknownMetric(f"ReaderStats.{field.name} has no metric{nearest(field.name, READER_STATS)}")
-            self.set(READER_STATS[field.name], getattr(stats, field.name))
+            key, value = READER_STATS[field.name]
+            labels = {} if value is None else {by_key(key).labels[0]: value}
+            self.set(key, getattr(stats, field.name), **labels)
 
     # ------------------------------------------------------------------------------------------------ publishing
     def flush(self, step: int, kind: str = "train") -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from data_pipeline.simulate import SimulationSpec
+from data_pipeline.pixels.simulate import SimulationSpec
 from hopescale.config.compose import load_config, to_tree
 
 HIDDEN = SimulationSpec(partitions=("hidden",), num_train=900, num_heldout=96, size=64)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline import lite0
-from data_pipeline.render import WOOD, Scene, render_frames
-from data_pipeline.simulate import BLOCK_SIDE, VIEW, rim, simulate_clip
+from data_pipeline.encode import lite0
+from data_pipeline.pixels.render import WOOD, Scene, render_frames
+from data_pipeline.pixels.simulate import BLOCK_SIDE, VIEW, rim, simulate_clip
 from hopescale.evaluate import CONTEXT
 from hopescale.model.predictor import normalise
 from tests.benchmarks.ablation_rows import DATA

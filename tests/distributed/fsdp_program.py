@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from data_pipeline.batch import ClipBatch
 from data_pipeline.order import micro_batches
-from data_pipeline.reader import StepBatches
+from data_pipeline.reader.batches import StepBatches
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.model.init import initialise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Clip, ClipBatch, collate
-from data_pipeline.reader import ClipReader
+from data_pipeline.reader.clips import ClipReader
 from hopescale.evaluate import Errors, held_out_errors, rollout, summarise, surprise_by_frame
 from hopescale.model.init import initialise
 from hopescale.model.objective import distance
@@ -35,7 +35,6 @@ class InMemory:
                 actions=torch.cat(
                     [torch.full((length - 1, 1), float(row)), torch.randn(length - 1, 1, generator=generator)], dim=1
                 ),
-                states=None,
             )
             for row, (partition, length) in enumerate(
                 zip(partitions, lengths or [FRAMES] * len(partitions), strict=True)
@@ -44,7 +43,7 @@ class InMemory:
 
     def read(self, rows: np.ndarray, positions: np.ndarray | None = None) -> ClipBatch:
         del positions
-        return collate([self.clips[row] for row in rows], FRAMES, rows, np.ones(len(rows)))
+        return collate([self.clips[row] for row in rows], FRAMES, rows)
 
     def read_actions(self, rows: np.ndarray) -> Tensor:
         return self.read(rows).actions

@@ -132,7 +132,7 @@ def test_a_tensor_of_another_shape_ends_in_an_error_that_names_it(
 def test_an_imported_run_is_a_run_folder(source: Path, tmp_path: Path) -> None:
     import_checkpoint(source, tmp_path / "run", [*SMALL, "train.steps=7"], step=300)
     manifest = verify(tmp_path / "run" / "checkpoints" / "step-000000300")
-    assert (manifest["state"]["step"], manifest["state"]["attempted_steps"], manifest["state"]["order"]) == (
+    assert (manifest["state"]["step"], manifest["state"]["attempted_steps"], manifest["state"]["data"]) == (
         300,
         300,
         {},

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hopescale
+from data_pipeline.cache import write_bytes
 from data_pipeline.errors import MissingExtra, Problem, UserError
+from data_pipeline.stats import SharderStats
+from hopescale.metrics.catalog import by_key
+from hopescale.metrics.data_metrics import SHARDER_STATS
 from hopescale.metrics.sinks.prometheus_sidecar import require_client
 from hopescale.metrics.sinks.rank_file import RankFile, read_rank_file
 
@@ -37,6 +41,7 @@ __all__ = [
     "node_address",
     "rank_folder",
     "read_rank_file",
+    "write_textfile",
 ]
 
 logger = logging.getLogger(__name__)
@@ -61,6 +66,21 @@ def rank_folder(run_dir: Path, node: str, incarnation: int) -> Path:
 def endpoint_path(run_dir: Path, node_rank: int = 0) -> Path:
     """The file that names a node's endpoint: `metrics-endpoint.json`, with the node's number on further nodes."""
     return run_dir / ("metrics-endpoint.json" if node_rank == 0 else f"metrics-endpoint-{node_rank}.json")
+
+
+def write_textfile(path: Path, stats: SharderStats) -> None:
+    """Write the sharder's figures where node_exporter's textfile collector looks, all of them or the old ones.
+
+    Args:
+        path: ends in `.prom`, or the collector passes over it.
+        stats: of this run so far.
+    """
+    lines = []
+    for field, key in SHARDER_STATS.items():
+        metric = by_key(key)
+        lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+        lines.append(f"{metric.name} {getattr(stats, field)}")
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def node_address() -> str:

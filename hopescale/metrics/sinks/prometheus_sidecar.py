@@ -24,7 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hopescale.metrics.catalog import CATALOG, Metric
+from hopescale.metrics.catalog import CATALOG
+from hopescale.metrics.metric import Metric
 from hopescale.metrics.sinks.rank_file import read_rank_file
 
 if TYPE_CHECKING:

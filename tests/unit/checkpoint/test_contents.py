@@ -41,7 +41,7 @@ def test_steps_of_the_optimizer_come_back(trained: Callable[[int], tuple[nn.Modu
 def test_run_state_survives_json() -> None:
     progress = Progress(phase=2, window_began=4, window_sum=0.1 + 0.2, window_count=2, mean_before=1 / 3)
     state = RunState(
-        step=3, attempted_steps=5, best=0.25, evaluations_without_gain=1, curriculum=progress, order={"seed": 7}
+        step=3, attempted_steps=5, best=0.25, evaluations_without_gain=1, curriculum=progress, data={"seed": 7}
     )
     assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
 

@@ -26,7 +26,7 @@ def names(root: Path) -> list[str]:
 def test_a_checkpoint_restores_everything(tmp_path: Path, trained: Trained) -> None:
     manager = CheckpointManager(tmp_path / "checkpoints", keep=2, config={"train": {"seed": 1}})
     model, optimizer = trained(0)
-    state = RunState(step=2, attempted_steps=3, best=0.5, order={"seed": 1})
+    state = RunState(step=2, attempted_steps=3, best=0.5, data={"seed": 1})
     folder = manager.save(model, optimizer, state)
     assert folder == step_folder(tmp_path / "checkpoints", 2)
     manifest = verify(folder)

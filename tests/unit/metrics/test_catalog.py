@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import hopescale.metrics
-from hopescale.metrics.catalog import CATALOG, OF_THE_RUN, READER_STATS, UnknownMetric, by_key, markdown_table
+from hopescale.metrics.catalog import CATALOG, OF_THE_RUN, UnknownMetric, by_key, markdown_table
+from hopescale.metrics.data_metrics import READER_STATS, SHARDER_STATS
 from hopescale.model.schema import MEMORIES
 
 SUFFIX_OF_UNIT = {"seconds": "seconds", "bytes": "bytes", "ratio": "ratio"}
@@ -40,8 +41,9 @@ def test_names_follow_the_prometheus_conventions(metric):
 def test_labels_are_bounded(metric):
     assert (metric.reduction == "rank") == ("rank" in metric.labels)
     of_the_run = [(name,) for name in OF_THE_RUN]
-    assert metric.labels in ((), ("rank",), ("kind",), ("memory",), *of_the_run) or metric.record == "info"
-    assert bool(metric.label_values) == (metric.labels in (("kind",), ("memory",)))
+    fixed = (("kind",), ("memory",), ("reason",))
+    assert metric.labels in ((), ("rank",), *fixed, *of_the_run) or metric.record == "info"
+    assert bool(metric.label_values) == (metric.labels in fixed)
     assert not metric.overall or metric.labels
 
 
@@ -65,8 +67,16 @@ def test_every_reader_statistic_has_a_metric():
     stats = pytest.importorskip("data_pipeline.stats")
     fields = {field.name for field in dataclasses.fields(stats.ReaderStats)}
     assert fields == set(READER_STATS)
-    for key in READER_STATS.values():
-        assert by_key(key).reduction == "sum"
+    for key, label in READER_STATS.values():
+        metric = by_key(key)
+        assert label in (metric.label_values or (None,))
+        assert (metric.kind == "counter") == (metric.reduction == "sum")
+
+
+def test_every_sharder_statistic_has_a_metric():
+    stats = pytest.importorskip("data_pipeline.stats")
+    assert {field.name for field in dataclasses.fields(stats.SharderStats)} == set(SHARDER_STATS)
+    assert {by_key(key).record for key in SHARDER_STATS.values()} == {"shard"}
 
 
 def test_unknown_key_names_the_nearest_known_one():

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import MissingExtra, UserError
+from data_pipeline.stats import SharderStats
 from hopescale.metrics.catalog import CATALOG, by_key
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.schema import MetricsConfig
@@ -27,6 +28,7 @@ from hopescale.metrics.sinks.prometheus import (
     check_port,
     endpoint_path,
     rank_folder,
+    write_textfile,
 )
 
 parser = pytest.importorskip("prometheus_client.parser")
@@ -311,3 +313,22 @@ def test_a_restarted_job_shows_no_ranks_of_its_earlier_incarnation(tmp_path: Pat
     with endpoint:
         assert scrape(endpoint.url) == {(by_key("step").name,): 1.0}
     assert [folder.exists() for folder in folders] == [False, True, True]
+
+
+def test_the_sharders_text_file_is_one_that_prometheus_reads(tmp_path: Path):
+    parser = pytest.importorskip("prometheus_client.parser")
+    path = tmp_path / "shard.prom"
+    for clips in (1, 250):
+        write_textfile(path, SharderStats(clips=clips, bytes=1 << 40, shards=2, skipped=3, bad=4, seconds=1.5))
+    families = {family.name: family for family in parser.text_string_to_metric_families(path.read_text())}
+    found = {name: family.samples[0].value for name, family in families.items()}
+    assert found == {
+        "hopescale_sharder_clips": 250,
+        "hopescale_sharder_bytes": 1 << 40,
+        "hopescale_sharder_shards": 2,
+        "hopescale_sharder_skipped_clips": 3,
+        "hopescale_sharder_bad_clips": 4,
+        "hopescale_sharder_seconds": 1.5,
+    }
+    assert {family.type for family in families.values()} == {"counter"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["shard.prom"]

@@ -1,0 +1,45 @@
+"""What one metric is: a row of the catalog."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "hopescale_"
+
+Kind = Literal["gauge", "counter"]
+Reduction = Literal["mean", "rms", "sum", "rank", "global"]
+Record = Literal["train", "eval", "checkpoint", "shard", "info"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One row of the catalog.
+
+    Attributes:
+        key: name in `metrics.jsonl` and TensorBoard; a label value is appended to it after an underscore.
+        kind: Prometheus type.
+        unit: `seconds`, `bytes` and `ratio` are also the suffix of the key; "" where the number has no unit.
+        help: one sentence.
+        labels: Prometheus label names.
+        label_values: the values of the one label where they are fixed in code; those of `OF_THE_RUN` come from the run.
+        overall: may also be recorded without its label: key alone in `metrics.jsonl`, label value `all` in Prometheus.
+        reduction: over ranks: `mean` = sum / count, `rms` = its root, where squares are summed up, `sum`, `rank` = kept
+            per rank (files hold the mean), `global` = the same on all ranks, taken from rank 0.
+        record: the kind of flush that publishes it; `info` goes to Prometheus only, `shard` to the sharder's text file.
+    """
+
+    key: str
+    kind: Kind = "gauge"
+    unit: str = ""
+    help: str
+    labels: tuple[str, ...] = ()
+    label_values: tuple[str, ...] = ()
+    overall: bool = False
+    reduction: Reduction
+    record: Record = "train"
+
+    @property
+    def name(self) -> str:
+        """Prometheus name."""
+        return PREFIX + self.key
