@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,14 @@ def verify_dataset(
     """
     values = parse_settings(settings, _VERIFY)
     try:
-        report = verify(folder, workers=workers, repair=repair, quarantine=quarantine, progress=bar("verify"), **values)
+        report = verify(
+            folder,
+            workers=workers,
+            repair=repair,
+            quarantine=quarantine,
+            progress=_from_first_call(bar, "verify"),
+            **values,
+        )
     except DataError as error:
         print(described(error))
         problems = [{name: str(value) for name, value in asdict(problem).items()} for problem in error.problems]
@@ -59,7 +66,7 @@ def index_folder(folder: Path, settings: Sequence[str], bar: Bar) -> dict[str, A
     """
     values = parse_settings([_bracketed(text) for text in settings], _INDEX)
     own = {name: values.pop(name) for name in ("workers", "replace") if name in values}
-    manifest = index_tars(folder, IndexSettings(**values), progress=bar("index"), **own)
+    manifest = index_tars(folder, IndexSettings(**values), progress=_from_first_call(bar, "index"), **own)
     shards = [asdict(entry) for entry in manifest.shards]
     result = {"out": str(folder), "clips": manifest.num_clips, "shards": shards, "fingerprint": manifest.fingerprint}
     return result | {"partitions": manifest.partitions, "encode_mode": manifest.provenance.encode_mode}
@@ -98,6 +105,20 @@ def inspect_dataset(folder: Path, settings: Sequence[str], png: Path | None, *, 
         if not quiet:
             print(png)
     return result
+
+
+def _from_first_call(bar: Bar, label: str) -> Callable[[int, int], None]:
+    """A bar that starts when there is something to show, and anew when the work starts anew."""
+    update, last = None, 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal update, last
+        if update is None or done < last:
+            update = bar(label)
+        last = done
+        update(done, total)
+
+    return progress
 
 
 def _bracketed(text: str) -> str:

@@ -75,6 +75,7 @@ class AcHopePredictor(nn.Module):
         features: Float[Tensor, "batch frames patches channels"],
         actions: Float[Tensor, "batch frames action"],
         states: Float[Tensor, "batch frames state"] | None = None,
+        extrinsics: Float[Tensor, "batch frames numbers"] | None = None,
         *,
         target: Int[Tensor, " batch"] | None = None,
         state: tuple[FastWeights, ...] | None = None,
@@ -92,6 +93,7 @@ class AcHopePredictor(nn.Module):
             features: the frames' embeddings, on any scale.
             actions: action t acts between frame t and frame t + 1.
             states: the frames' states; with `model.state_dim` 0 all are taken as zero.
+            extrinsics: of the frames' cameras, which the earlier predictor never read either.
             target: number of the frame to jump to, one a clip; None predicts the next frame of every frame.
             state: what an earlier pass of the same clips returned; None for the start of a clip.
             frame_offset: number in the clip of the first given frame.
@@ -105,7 +107,7 @@ class AcHopePredictor(nn.Module):
         Raises:
             ValueError: a tensor whose shape is not what the configuration says, or a target that cannot be told.
         """
-        del teach_factor, consolidate
+        del teach_factor, consolidate, extrinsics
         check_input(self.config, features, actions, states, None, target, frame_offset)
         x = self._tokens(normalise(features), actions, states, target, frame_offset)
         angles = self._angles(x, target)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_dataset import rewrite_manifest
+
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.integration
@@ -100,8 +102,7 @@ def test_an_empty_partition_is_named(in_process, small_run, small_data: Path, tm
     copy = tmp_path / "copy"
     shutil.copytree(small_data, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["partitions"]["snow"] = {"train": 0, "heldout": 0}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(copy, partitions=manifest["partitions"] | {"snow": {"train": 0, "heldout": 0}})
     code, message = in_process([*small_run, f"data.path={copy}", "data.view=[snow]"])
     assert code == 2
     assert "snow" in message
