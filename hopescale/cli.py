@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from collections.abc import Callable
@@ -270,6 +271,8 @@ def progress(label: str) -> Callable[[int, int], None]:
     )
     task = bar.add_task(label, total=None)
     bar.start()
+    # An error on the way must not leave the terminal without its cursor.
+    atexit.register(bar.stop)
 
     def update(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)

@@ -32,9 +32,9 @@ class ClipPlaces:
         self.manifest = manifest
         self.index = index
         names = ("length", "rows", "partition", "split")
-        self.lengths, self.recorded, self.partitions, self.splits = (index.column(name).tolist() for name in names)
+        self.lengths, self.recorded, self.partitions, self.splits = (np.asarray(index.column(n)) for n in names)
         self.columns = {
-            name: tuple(np.asarray(index.column(f"{name}_{part}")).tolist() for part in FIELD_COLUMNS)
+            name: tuple(np.asarray(index.column(f"{name}_{part}")) for part in FIELD_COLUMNS)
             for name in manifest.dtypes
         }
         self._frames = np.asarray(index.column(FRAME_COLUMN))
@@ -49,12 +49,16 @@ class ClipPlaces:
     def end(self, row: int, name: str) -> int:
         """Return the first byte after a field."""
         offset, nbytes, _ = self.columns[name]
-        return offset[row] + nbytes[row]
+        return int(offset[row]) + int(nbytes[row])
+
+    def start(self, row: int, name: str) -> int:
+        """Return the first byte of a field."""
+        return int(self.columns[name][0][row])
 
     def pieces(self, row: int) -> Iterator[tuple[Piece, Span]]:
         """Yield the pieces of a clip in the order of the shard, and where they lie."""
-        for name in sorted(self.columns, key=lambda name: self.columns[name][0][row]):
-            offset, nbytes, checksum = (column[row] for column in self.columns[name])
+        for name in sorted(self.columns, key=lambda name: self.start(row, name)):
+            offset, nbytes, checksum = (int(column[row]) for column in self.columns[name])
             if name != "features":
                 yield Piece(row, name, 0, checksum), Span(offset, nbytes)
                 continue

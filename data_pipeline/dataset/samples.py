@@ -43,11 +43,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 
     A leading `./`, which `tar cf x.tar .` writes, is not part of the key.
     """
-    folder, _, last = name.removeprefix("./").rpartition("/")
+    folder, slash, last = name.removeprefix("./").rpartition("/")
     stem, dot, rest = last.partition(".")
     if not stem or not dot:
         return None
-    return f"{folder}/{stem}" if folder else stem, rest.lower()
+    return f"{folder}{slash}{stem}", rest.lower()
 
 
 def samples(descriptor: int) -> Iterator[Sample]:

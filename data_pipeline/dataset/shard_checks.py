@@ -88,7 +88,7 @@ class ShardCheck:
             if not beyond:
                 present.append(row)
                 continue
-            offset, name = min((self.places.columns[name][0][row], name) for name in beyond)
+            offset, name = min((self.places.start(row, name), name) for name in beyond)
             text, place = "the file ends before the field does", (self.places.index.key(row), name, offset)
             self._note(Finding("shard", text, self.entry.name, *place, self.places.end(row, name), size), row)
         return present
@@ -96,7 +96,6 @@ class ShardCheck:
     def _check_bytes(self, descriptor: int, rows: Sequence[int], size: int, *, every: bool) -> None:
         pairs = [pair for row in rows for pair in self.places.pieces(row)]
         digest, found = hashlib.sha256() if every else None, Findings()
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         try:
             self._compare(descriptor, pairs, size, digest, found, values=every)
         except OSError as error:

@@ -67,6 +67,8 @@ class SpanReader:
         Raises:
             OSError: With a digest, when any byte cannot be read: the digest would be one of something else.
         """
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         for block in _blocks(spans, size, whole=digest is not None):
             content = self._room(block.end - block.start)
             try:

@@ -63,7 +63,7 @@ class _TarCheck:
             self._findings.add(Finding("tar", text, self._name, sample.key[:200]))
             return
         for name in self._manifest.dtypes:
-            offset = self._places.columns[name][0][row]
+            offset = self._places.start(row, name)
             member = self._member(sample, name, offset)
             if member is not None:
                 for text, expected, actual in self._differences(member, row, name, offset):
@@ -99,9 +99,9 @@ class _TarCheck:
             yield "its header has another shape", str(list(wanted)), str(list(header.shape))
 
     def _shape(self, row: int, name: str) -> tuple[int, ...]:
-        manifest, length = self._manifest, self._places.lengths[row]
+        manifest, length = self._manifest, int(self._places.lengths[row])
         return {
-            "actions": (self._places.recorded[row], manifest.action_dim),
+            "actions": (int(self._places.recorded[row]), manifest.action_dim),
             "extrinsics": (length - 1, manifest.extrinsics_dim),
             "features": (length, manifest.tokens, manifest.encoder_dim),
             "features_scale": (manifest.encoder_dim,),
@@ -140,7 +140,7 @@ class _TarCheck:
             "key": places.index.key(row),
             "partition": list(manifest.partitions)[places.partitions[row]],
             "split": SPLITS[places.splits[row]],
-            "length": places.lengths[row],
+            "length": int(places.lengths[row]),
             "encode_mode": manifest.provenance.encode_mode,
         }
 

@@ -141,8 +141,9 @@ class TarLayout:
 
     def _missing(self, sample: Sample, wanted: tuple[str, ...]) -> Unusable:
         text = f"there is no member {sample.key}.{' or '.join(wanted)}"
-        known = tuple(f".{name}" for names in self.members.values() for name in names)
-        dotted = next((rest for rest in sample.members if rest.endswith(known)), None)
+        known = {name for names in self.members.values() for name in names}
+        ends = tuple(f".{name}" for name in known if "." in name)
+        dotted = next((rest for rest in sample.members if rest not in known and rest.endswith(ends)), None)
         if dotted is not None:
             name = sample.members[dotted].name
             return Unusable(f"{text}, but {name}: a key ends at its first dot, and keys with dots are merged", _RENAME)

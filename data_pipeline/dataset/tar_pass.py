@@ -87,7 +87,6 @@ class TarPass:
         descriptor = open_regular(self.folder / name)
         try:
             before = os.fstat(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             clips = [self.layout.clip(descriptor, sample) for sample in samples(descriptor)]
             if [clip.key for clip in clips] != [clip.key for clip in listed] or not all(map(self._is_alike, clips)):
                 raise Unusable(_CHANGED, _WAIT)

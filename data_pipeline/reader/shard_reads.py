@@ -90,7 +90,9 @@ class OpenShards:
             self._close(item.shard)
             self._store.recheck(item.shard)
             descriptor = self._descriptor(item.shard)
-            os.posix_fadvise(descriptor, item.offset, len(item.target), os.POSIX_FADV_DONTNEED)
+            # macOS has no such call, and no way to ask for the disk instead of its cache.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, item.offset, len(item.target), os.POSIX_FADV_DONTNEED)
             self.read([item])
 
     def close(self) -> None:

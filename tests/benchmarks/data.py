@@ -1,7 +1,7 @@
 """Speed of the data pipeline, as ratios to copies of the same bytes and to other libraries, which take turns with it.
 
 `python tests/benchmarks/data.py [--rounds 5] [--json FILE] [--quick]` prints a table, with `--json` also a file with a
-list of {name, ratio, range, must, stretch, met, note}. The first time it writes 256 clips of 4 MiB in each format, 6 GB
+list of {name, ratio, range, must, stretch, met, note}. The first time it writes 256 clips of 4 MiB in each format, 7 GB
 in all, to `--folder`. The rivals run in the environment that `bash tests/benchmarks/rivals.sh` makes; without it their
 rows say so. About ten minutes on two cores that nobody else uses. Nothing asserts these numbers.
 """
@@ -89,7 +89,7 @@ class Bench:
     table: Table
     python: Path
     absent: dict[str, str]
-    names: dict[str, str]
+    names: dict[str, str] = field(default_factory=dict)
     _failed: dict[tuple[str, ...], str] = field(default_factory=dict)
     _processes: dict[str, Worker] = field(default_factory=dict)
 
@@ -107,8 +107,10 @@ class Bench:
         return self.ours("writing", job, scratch=str(self.scratch), **sources, **arguments)
 
     def ours(self, purpose: str, job: str, **arguments: Any) -> Result:
-        """Let the process of ours that is there for a purpose do something."""
-        return self._process(purpose, sys.executable, OUR_MODULE).ask(job, **arguments)
+        """Let the process of ours that is there for a purpose do something; one does for figures that say nothing."""
+        return self._process(purpose if self.sizes.judged else "everything", sys.executable, OUR_MODULE).ask(
+            job, **arguments
+        )
 
     def rival(self, rows: tuple[str, ...], library: str, job: str, **arguments: Any) -> Result | None:
         """Let a rival do something; None, and a note at its rows, if it is not there or fails."""
@@ -143,12 +145,14 @@ def make_everything(bench: Bench) -> None:
     for rival in RIVALS:
         rows = tuple(f"{rival}-{workers}" for workers in LOADER_WORKERS)
         bench.rival(rows, rival, "make", folder=bench.path(rival), clips=sizes.clips)
-    bench.close()
+    if sizes.judged:
+        bench.close()
 
 
 def reading(bench: Bench) -> None:
     """Our reader beside copies of the same bytes."""
-    add = bench.table.add
+    add, rates = bench.table.add, bench.read("limit")
+    print(f"limit: {rates['preadv_rate']:.1f} GB/s by preadv, {rates['memcpy_rate']:.1f} by memcpy", file=sys.stderr)
     for suffix, settings in RINGS.items():
         limit, ring = bench.read("limit"), bench.read("ring", **settings)
         add(f"ring{suffix}", limit["seconds"] / ring["seconds"])
@@ -211,7 +215,7 @@ def resuming(bench: Bench, number: int) -> None:
     """The order of an epoch, and the way from a state to the first batch."""
     add = bench.table.add
     for row, rows in zip(("order-1", "order-10"), bench.sizes.order, strict=True):
-        add(row, bench.ours("ordering", "order", rows=rows, epoch=number)["seconds"])
+        add(row, bench.ours("resuming", "order", rows=rows, epoch=number)["seconds"])
     found = {}
     for row, (epoch, share) in POSITIONS.items():
         found[row] = bench.ours("resuming", "resume", folder=bench.path("index"), epoch=epoch, share=share)
@@ -246,18 +250,18 @@ def run(bench: Bench, rounds: int) -> Table:
 
 def opened(sizes: Sizes, root: Path, python: Path) -> Bench:
     """Find out what there is to measure."""
-    with closing(Worker(sys.executable, OUR_MODULE)) as ours:
-        release = ours.ask("versions")
-    installed, absent = rivals_of(python)
-    texts = [f"torch {release['torch']} on {release['cores']} cores"]
-    texts += [f"{name} {text}" for name, text in installed.items()] or ["no rivals"]
-    print(", ".join(texts), file=sys.stderr)
-    # What an older format left there is not read.
-    names = {name: f"{name}-{text}" for name, text in {**installed, "ours": release["format"]}.items()}
     folder = root / f"{sizes.clips}-clips"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder
-    return Bench(sizes, folder, scratch, Table(sizes.judged, sizes.texts()), python, absent, names)
+    installed, absent = rivals_of(python)
+    bench = Bench(sizes, folder, scratch, Table(sizes.judged, sizes.texts()), python, absent)
+    release = bench.ours("making", "versions")
+    # What an older format left there is not read.
+    bench.names.update({name: f"{name}-{text}" for name, text in {**installed, "ours": release["format"]}.items()})
+    texts = [f"torch {release['torch']} on {release['cores']} cores"]
+    texts += [f"{name} {text}" for name, text in installed.items()] or ["no rivals"]
+    print(", ".join(texts), file=sys.stderr)
+    return bench
 
 
 def rivals_of(python: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -62,6 +62,7 @@ def make(library: str, folder: str, clips: int) -> Result:
 def write(library: str, scratch: str, folder: str, clips: int) -> Result:
     """Write clips of a folder of .npy files, which are in memory then, in the same way."""
     sources = clips_in_memory(folder, clips)
+    _module(library)
     out = Path(tempfile.mkdtemp(prefix="hopescale-benchmark-", dir=scratch))
     try:
         return cost(lambda: _WRITERS[library](out, sources, clips))
