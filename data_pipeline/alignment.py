@@ -35,8 +35,14 @@ def aligned(rows: np.ndarray, alignment: ActionAlignment, frames: int) -> np.nda
         rows: As many as `rows_needed` says.
         alignment: Rule.
         frames: Stored frames of the clip, F.
+
+    Raises:
+        ValueError: Another number of rows.
     """
     transitions = frames - 1
+    least, most = rows_needed(alignment, frames)
+    if len(rows) < least or (most is not None and len(rows) > most):
+        raise ValueError(f"{len(rows)} rows of actions do not suit {frames} frames with action alignment {alignment}")
     if alignment == "row1-to-row0":
         actions = np.zeros((transitions, rows.shape[1]), np.float32)
         actions[0] = rows[1]

@@ -74,8 +74,8 @@ class SourceConfig(_Section):
 class ReaderConfig(_Section):
     """How the training clips get into memory."""
 
-    threads: Annotated[int, Field(ge=1, le=64)] = 4
-    """Threads of each rank that read shards."""
+    threads: Annotated[int | None, Field(ge=1, le=64)] = None
+    """Threads of each rank that read shards; none takes one for each processor this rank may use, at most 4."""
 
     batches: Annotated[int, Field(ge=1, le=256)] = 4
     """Micro-batches that each rank reads ahead; with those of the current step, all that is kept in memory."""

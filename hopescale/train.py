@@ -89,6 +89,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
     """Train inside a process group and leave the outcome in the run folder."""
     run = RunFolder(decide_on_first(lambda: make_run_folder(config)))
     with ExitStack() as stack:
+        stack.enter_context(closing(data))
+        stack.enter_context(closing(held_out))
         with Together():
             if launch.is_first:
                 stack.enter_context(closing(run.claim()))

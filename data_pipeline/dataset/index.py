@@ -136,7 +136,9 @@ class Index:
 
     def column(self, name: str) -> np.ndarray:
         """Return one column, `[num_clips]`."""
-        return np.load(self.folder / INDEX_FOLDER / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        column = np.load(self.folder / INDEX_FOLDER / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        # The same mapping, without what numpy's memmap does in Python for each number.
+        return column.view(np.ndarray)
 
     @cached_property
     def frame_starts(self) -> NDArray[np.int64]:

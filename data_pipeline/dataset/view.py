@@ -53,6 +53,13 @@ class View:
         return self.index.column("shard")[self.clips].astype(np.int64)
 
     @cached_property
+    def shards_digest(self) -> str:
+        """Hex digits that two views share exactly when the same samples share a shard."""
+        names = np.zeros(int(self.shards.max()) + 1, np.uint64)
+        np.bitwise_xor.at(names, self.shards, self.uids)
+        return hashlib.sha256(np.sort(names).tobytes()).hexdigest()[:16]
+
+    @cached_property
     def partition_codes(self) -> NDArray[np.int64]:
         """The partition of each sample, i64 `[num_samples]`."""
         return self.index.column("partition")[self.clips].astype(np.int64)
@@ -110,6 +117,31 @@ def open_view(index: Index, manifest: Manifest, config: DataConfig, split: Split
     if config.frames is not None:
         lengths = np.minimum(lengths, config.frames)
     return View(index, clips, starts, lengths, uids, names, _digest(uids, lengths))
+
+
+def part_rows(view: View, config: DataConfig) -> list[NDArray[np.int64]]:
+    """Return the rows of a view that each part of a mixture may draw from."""
+    codes = [[view.partition_names.index(name) for name in part.view] for part in config.mixture]
+    return [np.flatnonzero(np.isin(view.partition_codes, own)) for own in codes]
+
+
+def check_parts(view: View, config: DataConfig) -> None:
+    """Check that every part of a mixture has clips, and as many as it asks for.
+
+    Raises:
+        DataError: Names all parts that do not.
+    """
+    problems = []
+    for number, (part, rows) in enumerate(zip(config.mixture, part_rows(view, config), strict=True)):
+        where = f"data.mixture.{number}"
+        if not len(rows):
+            rule = "data.select, data.window and data.skip_list leave no training clip of these partitions"
+            problems.append(Problem(f"{where}.view", list(part.view), rule, "widen them, or leave the part out"))
+        elif part.clips is not None and part.clips > len(rows):
+            rule = f"the view has only {len(rows)} clips of these partitions"
+            problems.append(Problem(f"{where}.clips", part.clips, rule, f"use at most {len(rows)}, or leave it out"))
+    if problems:
+        raise DataError(problems)
 
 
 def viewed_partitions(manifest: Manifest, config: DataConfig) -> tuple[str, ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.batch import ClipBatch, frames_between
+from data_pipeline.dataset.view import part_rows
 from data_pipeline.order import micro_batches
 from data_pipeline.reader.clips import ClipReader
 from data_pipeline.reader.device import AheadOnDevice
@@ -38,7 +42,8 @@ class StepBatches:
     Attributes:
         position: First global position of the step.
         lengths: i64 `[G]`, valid frames of every clip of the whole global batch, on all ranks; clips of weight 0 count
-            no frames.
+            no frames. A clip that turned out bad and was masked still does: no rank knows of the others' masks, and all
+            must divide by the same number.
         micro: Micro-batches; equally many on every rank.
     """
 
@@ -74,6 +79,7 @@ class GlobalBatches(Iterator[StepBatches]):
         world_size: int,
         micro_batch: int,
         device: torch.device | str = "cpu",
+        decoded: bool = True,
         bad_clips: Path | None = None,
     ) -> None:
         """Plan the steps.
@@ -84,7 +90,8 @@ class GlobalBatches(Iterator[StepBatches]):
             rank: Data-parallel rank.
             world_size: Data-parallel ranks; need not divide G.
             micro_batch: Most clips in one micro-batch.
-            device: Where the steps are wanted; features are decoded there.
+            device: Where the steps are wanted. For a GPU features travel as they are stored and are decoded there.
+            decoded: Features as f32; False leaves them in the stored type, for a CPU only.
             bad_clips: File that gets one JSON line for each bad clip met; none logs them only.
 
         Raises:
@@ -96,13 +103,16 @@ class GlobalBatches(Iterator[StepBatches]):
         self._global_batch = global_batch
         self._shares = micro_batches(global_batch, rank, world_size, micro_batch)
         self._order = global_order(reader, global_batch)
-        self._layout = BatchLayout.of(reader.manifest, max(1, *(size for _, size in self._shares)), reader.frames)
         self._device = torch.device(device)
+        self._stored = BatchLayout.of(reader.manifest, max(1, *(size for _, size in self._shares)), reader.frames)
+        as_stored = self._device.type == "cuda" or not decoded or self._stored.dtype == "float32"
+        self._layout = self._stored if as_stored else self._stored.decoded()
         self._bad_clips = bad_clips
         self._position = 0
         self._ring: Ring[ClipBatch] | None = None
         self._ahead: AheadOnDevice | None = None
         self._expected_until = 0
+        self._planning: threading.Thread | None = None
 
     def __next__(self) -> StepBatches:
         """Return the next step, and read on behind it.
@@ -114,13 +124,15 @@ class GlobalBatches(Iterator[StepBatches]):
         if self._ring is None:
             self._ring = self._start()
             if self._device.type == "cuda":
-                self._ahead = AheadOnDevice(partial(self._take, self._ring), self._device)
+                self._ahead = AheadOnDevice(partial(self._take, self._ring), self._device, self._reader.counters)
         self._expect()
+        started = time.monotonic()
         try:
-            micro = self._ahead.take() if self._ahead else self._decoded(self._take(self._ring))
+            micro = self._ahead.take() if self._ahead else self._take(self._ring)
         except BaseException:
             self.close()
             raise
+        self._reader.counters.add(wait_seconds=time.monotonic() - started)
         places = self._order.at(self._position, self._global_batch)
         lengths = np.where(places.weights > 0, self._reader.lengths[places.rows], 0)
         step = StepBatches(self._position, lengths, micro)
@@ -149,7 +161,7 @@ class GlobalBatches(Iterator[StepBatches]):
         return self._reader.stats()
 
     def close(self) -> None:
-        """Stop reading; waits for the reads under way."""
+        """Stop reading; waits for the reads under way, but for one that hangs."""
         if self._ring is not None:
             self._ring.close()
         if self._ahead is not None:
@@ -158,67 +170,103 @@ class GlobalBatches(Iterator[StepBatches]):
     def _take(self, ring: Ring[ClipBatch]) -> list[ClipBatch]:
         return [ring.take() for _ in self._shares]
 
-    def _decoded(self, micro: list[ClipBatch]) -> list[ClipBatch]:
-        started = time.monotonic()
-        decoded = [clips.to(self._device) for clips in micro]
-        self._reader.counters.add(copy_seconds=time.monotonic() - started)
-        return decoded
-
     def _state(self, position: int) -> ReaderState:
         reader, config = self._reader, self._reader.config
         order: list[Any] = [config.order, config.tail, config.mixture_block if config.mixture else 0]
         order += [config.order_shards if config.order == "windowed" else 0]
+        # Which clips share a shard decides the windowed order.
+        order += [reader.view.shards_digest if config.order == "windowed" else ""]
         order += [self._global_batch if config.tail != "continuous" else 0]
         order += [part.model_dump(mode="json") for part in config.mixture]
         digest = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
-        view = f"{reader.view.digest}-{reader.frames}-{reader.alignment}"
-        return ReaderState(STATE_FORMAT, reader.manifest.fingerprint[:32], view, digest, reader.seed, position)
+        view = f"{reader.view.digest}-{reader.frames}"
+        data = reader.manifest.fingerprint[:32]
+        return ReaderState(STATE_FORMAT, data, view, reader.alignment, digest, reader.seed, position)
 
     def _start(self) -> Ring[ClipBatch]:
-        reader, config = self._reader, self._reader.config.reader
-        filler = BatchFiller(
-            reader.fields,
-            self._layout,
-            reader.alignment,
-            config,
-            reader.seed,
-            reader.counters,
-            reader.store.where,
-            self._report,
+        reader, config = self._reader, self._reader.config
+        threads = config.reader.threads or min(4, available_processors())
+        # A shard that is open keeps its space on the node, also when its copy was given up. All threads together stay
+        # below the 1024 files that a process usually may open.
+        group = config.order_shards * max(1, len(config.mixture)) if config.order == "windowed" else MAX_OPEN
+        max_open = max(1, min(MAX_OPEN, group, 512 // threads))
+        made = RankBatches(
+            BatchFiller(
+                reader.fields,
+                self._stored,
+                self._layout,
+                reader.alignment,
+                config.reader,
+                self._order.rows_of,
+                reader.seed,
+                reader.counters,
+                reader.store.where,
+                partial(_report, self._bad_clips),
+            ),
+            self._order,
+            self._shares,
+            self._global_batch,
+            self._position,
         )
-        per_step, first = len(self._shares), self._position // self._global_batch
-        # A shard that is open keeps its space on the node, also when its copy was given up.
-        windowed = reader.config.order == "windowed"
-        max_open = min(MAX_OPEN, reader.config.order_shards) if windowed else MAX_OPEN
-
-        def fill(number: int, memory: NDArray[np.uint8], files: OpenShards) -> ClipBatch:
-            step, share = divmod(number, per_step)
-            return self._filled(filler, memory, files, start + (step - first) * self._global_batch, self._shares[share])
-
-        start = self._position
-        return Ring(
-            fill,
-            lambda: OpenShards(reader.store, max_open),
+        ring = Ring(
+            made.fill,
+            partial(OpenShards, reader.store, max_open),
             nbytes=self._layout.nbytes,
             # A step is handed out whole, so its own batches come on top of those read ahead.
-            blocks=per_step + config.batches,
-            threads=config.threads,
-            first=first * per_step,
-            timeout=config.timeout,
+            blocks=len(self._shares) + config.reader.batches,
+            threads=threads,
+            timeout=config.reader.timeout,
             counters=reader.counters,
             pinned=self._device.type == "cuda",
         )
+        # The ring knows nothing of this object, so that dropping it ends the threads.
+        weakref.finalize(self, ring.close)
+        return ring
 
-    def _filled(
-        self, filler: BatchFiller, memory: NDArray[np.uint8], files: OpenShards, start: int, share: tuple[int, int]
-    ) -> ClipBatch:
-        # A rank with fewer clips still needs a batch for the collectives; a clip of weight 0 keeps shapes ordinary.
-        offset, size = share if share[1] else (max(share[0] - 1, 0), 1)
-        positions = np.arange(start + offset, start + offset + size)
-        wanted = self._order.at(start + offset, size)
-        rows, weights = filler.fill(memory, files, wanted, positions)
-        fields = self._layout.tensors(memory, size)
-        view = self._reader.view
+    def _expect(self) -> None:
+        """Tell the store what comes, as often as that changes what it should keep."""
+        staged = self._reader.config.staging.folder is not None
+        planning = self._planning is not None and self._planning.is_alive()
+        if staged and not planning and self._position >= self._expected_until:
+            # Looking through an epoch of millions of clips takes seconds, which a step must not wait for.
+            self._planning = threading.Thread(target=self._plan_shards, args=(self._position,), daemon=True)
+            self._planning.start()
+            self._expected_until = self._position + max(self._global_batch, self._order.epoch_length // 64)
+
+    def _plan_shards(self, position: int) -> None:
+        self._reader.store.expect(self._order.upcoming_shards(position).tolist())
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """One rank's micro-batches, numbered from 0 at some position of the run.
+
+    Attributes:
+        filler: Reads clips into memory.
+        order: Of the run.
+        shares: (first offset, size) of each micro-batch of a step.
+        global_batch: Clips in a step over all ranks.
+        start: Position of the first step.
+    """
+
+    filler: BatchFiller
+    order: GlobalOrder
+    shares: Sequence[tuple[int, int]]
+    global_batch: int
+    start: int
+
+    def fill(self, number: int, memory: NDArray[np.uint8], files: OpenShards) -> ClipBatch:
+        """Read one micro-batch into memory that its tensors will share."""
+        step, share = divmod(number, len(self.shares))
+        offset, size = self.shares[share]
+        empty = size == 0
+        if empty:
+            # A rank with fewer clips still needs a batch for the collectives; a clip of weight 0 keeps shapes ordinary.
+            offset, size = max(offset - 1, 0), 1
+        first = self.start + step * self.global_batch + offset
+        positions = np.arange(first, first + size)
+        rows, weights, _ = self.filler.fill(memory, files, self.order.at(first, size), positions)
+        fields, view = self.filler.layout.tensors(memory, size), self.filler.fields.view
         return ClipBatch(
             features=fields["features"],
             features_scale=fields.get("features_scale"),
@@ -226,25 +274,25 @@ class GlobalBatches(Iterator[StepBatches]):
             states=fields.get("states"),
             extrinsics=fields.get("extrinsics"),
             lengths=torch.from_numpy(view.lengths[rows]),
-            weights=torch.from_numpy(weights) if share[1] else torch.zeros(size),
+            weights=torch.zeros(size) if empty else torch.from_numpy(weights),
             positions=torch.from_numpy(positions),
             keys=[view.key(row) for row in rows.tolist()],
             partitions=[view.partition(row) for row in rows.tolist()],
         )
 
-    def _expect(self) -> None:
-        """Tell the store what comes, as often as that changes what it should keep."""
-        staged = self._reader.config.staging.folder is not None
-        if staged and self._position >= self._expected_until:
-            self._reader.store.expect(self._order.upcoming_shards(self._position).tolist())
-            every = max(self._global_batch, self._order.epoch_length // 64)
-            self._expected_until = self._position + every
 
-    def _report(self, line: str) -> None:
-        logger.warning("bad clip: %s", line)
-        if self._bad_clips is not None:
-            with self._bad_clips.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+def available_processors() -> int:
+    """Return how many processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _report(file: Path | None, line: str) -> None:
+    logger.warning("bad clip: %s", line)
+    if file is not None:
+        with file.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
 
 
 def global_order(reader: ClipReader, global_batch: int) -> GlobalOrder:
@@ -259,9 +307,7 @@ def global_order(reader: ClipReader, global_batch: int) -> GlobalOrder:
     if not config.mixture:
         return EpochOrder(view.uids, view.shards, seed, group, config.tail, global_batch)
     parts, orders = [], []
-    for number, part in enumerate(config.mixture):
-        codes = [view.partition_names.index(name) for name in part.view]
-        rows = np.flatnonzero(np.isin(view.partition_codes, codes))
+    for number, (part, rows) in enumerate(zip(config.mixture, part_rows(view, config), strict=True)):
         rows = rows[buffered(view.uids[rows], seed, part.clips)]
         parts.append(rows)
         # Parts that share clips must not visit them in step.

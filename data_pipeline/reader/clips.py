@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.alignment import ActionAlignment
+from data_pipeline.alignment import ActionAlignment, rows_needed
 from data_pipeline.batch import Clip, ClipBatch, collate
 from data_pipeline.dataset.index import Index
 from data_pipeline.dataset.manifest import MEAN_FRAME_FILE
 from data_pipeline.dataset.use import check_use
-from data_pipeline.dataset.view import open_view
+from data_pipeline.dataset.view import check_parts, open_view
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.reader.counters import Counters
@@ -77,6 +77,9 @@ class ClipReader:
         check_use(self.manifest, config, split)
         self.view = open_view(Index(self.folder, self.manifest), self.manifest, config, split)
         self.alignment: ActionAlignment = config.action_alignment or self.manifest.action_alignment
+        self._check_alignment()
+        if split == "train":
+            check_parts(self.view, config)
         self.num_clips = len(self.view)
         longest = config.window.frames if config.window else self.manifest.frames
         self.frames = min(config.frames or longest, longest)
@@ -178,7 +181,7 @@ class ClipReader:
         """Return hex digits that two ranks share exactly when they read the same clips in the same order."""
         config = self.config.model_dump(mode="json", include={"order", "order_shards", "mixture", "mixture_block"})
         parts = [self.manifest.fingerprint, self.view.digest, self.frames, self.alignment, self.seed, config]
-        parts.append(self.config.tail)
+        parts += [self.config.tail, self.view.shards_digest if self.config.order == "windowed" else ""]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def stats(self) -> ReaderStats:
@@ -197,6 +200,26 @@ class ClipReader:
         """Let go of the shards; clips that are still used stay valid. Staged shards cannot be read any more."""
         self._maps.clear()
         self.store.close()
+
+    def _check_alignment(self) -> None:
+        """Check that another alignment than the data set's suits the rows that were recorded.
+
+        Raises:
+            DataError: Names the first clip that has too few or too many.
+        """
+        if self.alignment == self.manifest.action_alignment:
+            return
+        clips = self.view.clips
+        stored, rows = (self.view.index.column(name)[clips].astype(np.int64) for name in ("length", "rows"))
+        for frames in np.unique(stored).tolist():
+            least, most = rows_needed(self.alignment, frames)
+            wrong = (stored == frames) & ((rows < least) | (most is not None and rows > (most or 0)))
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                wanted = f"{least}" if most == least else f"at least {least}"
+                rule = f"clip {self.view.key(row)} has {frames} frames and {rows[row]} rows of actions, not {wanted}"
+                fix = f"leave it out: the data set's own is {self.manifest.action_alignment}"
+                raise DataError(Problem("data.action_alignment", self.alignment, rule, fix))
 
     def _checked(self, row: int, name: str) -> NDArray[np.uint8]:
         offset, nbytes = self.fields.span(row, name)

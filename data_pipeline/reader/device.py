@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
-from queue import Queue
+from queue import Empty, Queue
 
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import ClipBatch
+from data_pipeline.reader.counters import Counters
 
 
 class AheadOnDevice:
@@ -19,16 +22,19 @@ class AheadOnDevice:
     The host's memory of a step is let go only when its copy has ended, so that the ring cannot fill it again before.
     """
 
-    def __init__(self, read: Callable[[], list[ClipBatch]], device: torch.device) -> None:
+    def __init__(self, read: Callable[[], list[ClipBatch]], device: torch.device, counters: Counters) -> None:
         """Start copying.
 
         Args:
             read: Returns the micro-batches of the next step, in pinned memory.
             device: A CUDA device.
+            counters: What has been done.
         """
-        self._read, self._device = read, device
+        self._read, self._device, self._counters = read, device, counters
         self._stream = torch.cuda.Stream(device)
-        self._queue: Queue[tuple[list[ClipBatch], torch.cuda.Event] | BaseException] = Queue(maxsize=1)
+        self._queue: Queue[tuple[list[ClipBatch], torch.cuda.Event] | BaseException] = Queue()
+        # One step beside the one in use, and not a third one on its way.
+        self._wanted = threading.Semaphore(1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="to-device", daemon=True)
         self._thread.start()
@@ -40,9 +46,16 @@ class AheadOnDevice:
             DataError: What reading them raised.
             StopIteration: There are no more.
         """
-        entry = self._queue.get()
+        entry = None
+        while entry is None:
+            if self._closed.is_set():
+                raise StopIteration
+            with suppress(Empty):
+                entry = self._queue.get(timeout=0.1)
         if isinstance(entry, BaseException):
+            self._closed.set()
             raise entry
+        self._wanted.release()
         micro, copied = entry
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
@@ -52,23 +65,26 @@ class AheadOnDevice:
         return micro
 
     def close(self) -> None:
-        """Stop; the thread ends with the step it is at."""
+        """Stop; the thread ends with the step it is at, once the ring it reads from is closed."""
         self._closed.set()
-        while self._thread.is_alive():
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(0.05)
+        self._wanted.release()
+        self._thread.join()
 
     def _work(self) -> None:
         torch.cuda.set_device(self._device)
         try:
-            while not self._closed.is_set():
+            while True:
+                self._wanted.acquire()
+                if self._closed.is_set():
+                    return
                 step = self._read()
+                started = time.monotonic()
                 with torch.cuda.stream(self._stream):
                     micro = [clips.to(self._device) for clips in step]
                     copied = torch.cuda.Event()
                     copied.record()
                 copied.synchronize()
+                self._counters.add(copy_seconds=time.monotonic() - started)
                 # Its memory goes back to the ring.
                 del step
                 self._queue.put((micro, copied))

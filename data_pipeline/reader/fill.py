@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data_pipeline.alignment import ActionAlignment, aligned
@@ -26,6 +28,9 @@ from data_pipeline.reader.shard_reads import ByteRange, OpenShards, ShortRead, r
 from data_pipeline.schema import Manifest, ReaderConfig
 
 RETRIES = 2
+RETRY_SECONDS = (0.0, 0.01, 0.1)
+"""Pauses before a clip is read again: a file server may need a moment."""
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _SUBSTITUTE = 0x53554253
 _SMALL = ("actions", "states", "extrinsics")
 
@@ -33,14 +38,14 @@ _SMALL = ("actions", "states", "extrinsics")
 class BadClip(Exception):
     """Why a clip cannot be used; the message names the field, the offset and the shard."""
 
-    def __init__(self, reason: str, *, kind: str) -> None:
-        """Take what is wrong, and its kind: checksum, short or unreadable."""
+    def __init__(self, reason: str, *, kind: str, expected: int | None = None, actual: int | None = None) -> None:
+        """Take what is wrong, its kind (checksum, short or unreadable), and the checksums that differ."""
         super().__init__(reason)
-        self.kind = kind
+        self.kind, self.expected, self.actual = kind, expected, actual
 
 
 class Reading(NamedTuple):
-    """One clip's ranges and where its small fields were put before they are aligned."""
+    """One clip's ranges, by field; those of small fields go to memory of their own, to be aligned from there."""
 
     row: int
     ranges: dict[str, ByteRange]
@@ -101,7 +106,8 @@ class ClipFields:
             at = next(n for n, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
             kind = self.manifest.checksum
             where = f"field {name} at offset {self.span(row, name)[0]} of {self.shard_name(row)}"
-            raise BadClip(f"{where} has {kind} {actual[at]:08x}, expected {expected[at]:08x}", kind="checksum")
+            reason = f"{where} has {kind} {actual[at]:08x}, expected {expected[at]:08x}"
+            raise BadClip(reason, kind="checksum", expected=expected[at], actual=actual[at])
 
     def small(self, row: int, name: str, content: NDArray[np.uint8], alignment: ActionAlignment) -> NDArray[np.float32]:
         """Return the numbers of actions, states or extrinsics that belong to one sample, f32.
@@ -133,9 +139,11 @@ class BatchFiller:
 
     Attributes:
         fields: Where clips lie.
-        layout: Of a block.
+        stored: Layout of batches as the shards hold them.
+        layout: Of a block: the same, or with features decoded to f32.
         alignment: Of recorded actions.
         config: What to do with a bad clip.
+        rows_of: Rows of the view that a part of a mixture draws from; substitutes come from the same part.
         seed: Of the run; a substitute is drawn by it and by the position.
         counters: What has been done.
         where: Path or URL of a shard, for errors.
@@ -143,15 +151,18 @@ class BatchFiller:
     """
 
     fields: ClipFields
+    stored: BatchLayout
     layout: BatchLayout
     alignment: ActionAlignment
     config: ReaderConfig
+    rows_of: Callable[[int], NDArray[np.int64]]
     seed: int
     counters: Counters
     where: Callable[[int], str]
     report: Callable[[str], None]
     _bad: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _own: threading.local = field(default_factory=threading.local)
 
     def fill(self, block: NDArray[np.uint8], files: OpenShards, places: Places, positions: NDArray[np.int64]) -> Places:
         """Read clips into a block.
@@ -170,7 +181,8 @@ class BatchFiller:
         """
         started = time.monotonic()
         rows, weights = places.rows.copy(), places.weights.copy()
-        readings = [self._reading(block, number, int(row)) for number, row in enumerate(rows)]
+        taken = self._as_stored(block)
+        readings = [self._reading(taken, number, int(row)) for number, row in enumerate(rows)]
         left, unread = [len(reading.ranges) for reading in readings], set[int]()
         for run in runs(item for reading in readings for item in reading.ranges.values()):
             try:
@@ -181,28 +193,36 @@ class BatchFiller:
             for number in [item.owner for item in run]:
                 left[number] -= 1
                 if left[number] == 0:
-                    reading, row, weight = self._settled(
-                        block, files, readings[number], int(positions[number]), number in unread
-                    )
+                    where = int(positions[number]), int(places.parts[number])
+                    reading, row, weight = self._settled(taken, files, readings[number], where, number in unread)
                     rows[number], weights[number] = row, weight * weights[number]
                     self._finish(block, number, reading)
         nbytes = sum(len(item.target) for reading in readings for item in reading.ranges.values())
         self.counters.add(clips_read=len(rows), bytes_read=nbytes, read_seconds=time.monotonic() - started)
-        return Places(rows, weights)
+        return Places(rows, weights, places.parts)
+
+    def _as_stored(self, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The memory that a batch is read to: the block itself, or this thread's own where it is decoded from there."""
+        if self.layout is self.stored:
+            return block
+        if not hasattr(self._own, "memory"):
+            self._own.memory = np.empty(self.stored.nbytes, np.uint8)
+        return self._own.memory
 
     def _reading(self, block: NDArray[np.uint8], number: int, row: int) -> Reading:
         ranges = {}
         for name in self.fields.manifest.dtypes:
             offset, nbytes = self.fields.span(row, name)
             direct = name in ("features", "features_scale")
-            target = self.layout.clip_bytes(block, name, number)[:nbytes] if direct else np.empty(nbytes, np.uint8)
+            target = self.stored.clip_bytes(block, name, number)[:nbytes] if direct else np.empty(nbytes, np.uint8)
             ranges[name] = ByteRange(self.fields.shard(row), offset, target, number)
         return Reading(row, ranges)
 
     def _settled(
-        self, block: NDArray[np.uint8], files: OpenShards, reading: Reading, position: int, unread: bool
+        self, block: NDArray[np.uint8], files: OpenShards, reading: Reading, where: tuple[int, int], unread: bool
     ) -> tuple[Reading, int, float]:
-        """The clip that takes a place, checked, and its weight."""
+        """The clip that takes a place, known by its position and its part of the mixture, checked; and its weight."""
+        position, part = where
         try:
             if unread:
                 self._read_alone(files, reading, again=False)
@@ -215,7 +235,7 @@ class BatchFiller:
             for item in reading.ranges.values():
                 item.target[:] = 0
             return reading, reading.row, 0.0
-        for row in self._substitutes(reading.row, position):
+        for row in self._substitutes(reading.row, position, part):
             other = self._reading(block, reading.ranges["features"].owner, int(row))
             try:
                 self._read_alone(files, other, again=False)
@@ -242,10 +262,12 @@ class BatchFiller:
             self._read_alone(files, reading, again=True)
 
     def _read_alone(self, files: OpenShards, reading: Reading, *, again: bool) -> None:
+        first: BadClip | None = None
         for attempt in range(RETRIES + 1):
             try:
                 if again or attempt:
                     self.counters.add(retries=1)
+                    time.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
                     files.read_again(reading.ranges.values())
                 else:
                     for run in runs(reading.ranges.values()):
@@ -253,19 +275,38 @@ class BatchFiller:
                 return
             except ShortRead as error:
                 kind, reason = "short", str(error)
-            except OSError as error:
-                kind, reason = "unreadable", f"{error.strerror} ({type(error).__name__})"
-            except DataError as error:
+            except (OSError, DataError) as error:
+                self._check_machine(error)
                 kind, reason = "unreadable", str(error)
-            if attempt == RETRIES:
-                raise BadClip(f"{self.fields.shard_name(reading.row)}: {reason}", kind=kind)
+            # A shard cut short is refused when it is opened again; what was seen first says why.
+            first = first or BadClip(f"{self.fields.shard_name(reading.row)}: {reason}", kind=kind)
+        if first is not None:
+            raise first
 
-    def _substitutes(self, row: int, position: int) -> NDArray[np.int64]:
-        """Clips of the same length, in an order drawn by the position: every number of ranks takes the same one."""
-        view = self.fields.view
-        alike = np.flatnonzero(view.lengths == view.lengths[row])
-        order = np.argsort(mix64(view.uids[alike], self.seed, position, _SUBSTITUTE), kind="stable")
-        return alike[order[alike[order] != row]]
+    def _check_machine(self, error: BaseException) -> None:
+        """End the run where the machine is at its limit: no clip is bad for that.
+
+        Raises:
+            DataError: Names the limit.
+        """
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _LIMITS:
+                fix = "raise the limit (ulimit -n for open files), or lower data.reader.threads"
+                rule = f"this process cannot open or read more: {cause.strerror}"
+                raise DataError(Problem("data.reader.threads", self.config.threads, rule, fix)) from error
+            cause = cause.__cause__
+
+    def _substitutes(self, row: int, position: int, part: int) -> Iterator[int]:
+        """Clips of the same length and part, in an order drawn by the position, which no number of ranks changes."""
+        view, rows = self.fields.view, self.rows_of(part)
+        alike = rows[(view.lengths[rows] == view.lengths[row]) & (rows != row)]
+        draws = mix64(view.uids[alike], self.seed, position, _SUBSTITUTE)
+        while len(alike):
+            # The first one is nearly always good: sorting millions of draws would be for nothing.
+            best = int(np.argmin(draws))
+            yield int(alike[best])
+            alike, draws = np.delete(alike, best), np.delete(draws, best)
 
     def _note(self, row: int, position: int, error: BadClip) -> None:
         self.counters.add(**{f"bad_clips_{error.kind}": 1})
@@ -275,6 +316,8 @@ class BatchFiller:
             "offset": self.fields.span(row, "features")[0],
             "position": position,
             "reason": str(error),
+            "expected": error.expected,
+            "actual": error.actual,
             "policy": self.config.on_bad_clip,
         }
         self.report(json.dumps(record))
@@ -294,12 +337,25 @@ class BatchFiller:
         return DataError(Problem(f"data.path: clip {self.fields.view.key(row)}", where, f"{error}; {rule}", fix))
 
     def _finish(self, block: NDArray[np.uint8], number: int, reading: Reading) -> None:
-        """Align the small fields into the block and clear what a longer clip left there."""
+        """Decode and align a clip into the block and clear what a longer one left there."""
         read = reading.ranges["features"].target
-        self.layout.clip_bytes(block, "features", number)[len(read) :] = 0
+        if self.layout is self.stored:
+            self.layout.clip_bytes(block, "features", number)[len(read) :] = 0
+        else:
+            self._decode(block, number, read, reading.ranges.get("features_scale"))
         for name in _SMALL:
             if name in self.layout.shapes:
                 target = self.layout.clip_array(block, name, number)
                 values = self.fields.small(reading.row, name, reading.ranges[name].target, self.alignment)
                 target[: len(values)] = values
                 target[len(values) :] = 0
+
+    def _decode(self, block: NDArray[np.uint8], number: int, read: NDArray[np.uint8], scale: ByteRange | None) -> None:
+        # While the bytes are still in the processor's cache, and into memory that is not new to this process.
+        target = torch.from_numpy(self.layout.clip_array(block, "features", number))
+        frames = len(read) // self.stored.frame_bytes
+        kind = STORED_TYPES[self.stored.dtype]
+        target[:frames].copy_(torch.from_numpy(read).view(kind.torch).view(frames, *target.shape[1:]))
+        if scale is not None:
+            target[:frames].mul_(torch.from_numpy(scale.target.view(np.float32)))
+        target[frames:] = 0

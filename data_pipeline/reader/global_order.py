@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.order import epoch_order, mix64, quotas, windowed_order
 
+SLOW_TO_SORT = 100_000
+"""Clips whose order takes longer to make than a thread to start."""
 _MIXTURE = 0x4D495854
 _BUFFER = 0x42554646
 
@@ -25,6 +27,8 @@ class Places(NamedTuple):
     """Rows of the view, i64 `[count]`."""
     weights: NDArray[np.float32]
     """1, or 0 where a position only fills up the last step of an epoch: f32 `[count]`."""
+    parts: NDArray[np.int64]
+    """Part of a mixture that each clip was drawn from, 0 without one: i64 `[count]`."""
 
 
 class GlobalOrder(Protocol):
@@ -35,6 +39,10 @@ class GlobalOrder(Protocol):
 
     def at(self, start: int, count: int) -> Places:
         """Return the clips at positions `start .. start + count - 1`."""
+        ...
+
+    def rows_of(self, part: int) -> NDArray[np.int64]:
+        """Return the rows of the view that a part draws from."""
         ...
 
     def upcoming_shards(self, start: int) -> NDArray[np.int64]:
@@ -91,10 +99,13 @@ class EpochOrder:
             here = epochs == epoch
             # A position without a clip of its own repeats the epoch's first one, at weight 0.
             rows[here] = self._order(int(epoch))[np.where(real, offsets, 0)[here]]
-        if count and 2 * int(offsets[-1]) > self.epoch_length:
-            # Sorting millions of clips takes seconds, which are there while batches are read ahead.
-            self._order(int(epochs[-1]) + 1)
-        return Places(rows, real.astype(np.float32))
+        if self.epoch_length > SLOW_TO_SORT and count and 2 * int(offsets[-1]) > self.epoch_length:
+            self._prepare(int(epochs[-1]) + 1)
+        return Places(rows, real.astype(np.float32), np.zeros(count, np.int64))
+
+    def rows_of(self, part: int) -> NDArray[np.int64]:
+        """Return all rows: there is one part."""
+        return np.arange(len(self.uids))
 
     def upcoming_shards(self, start: int) -> NDArray[np.int64]:
         """Return the shards in the order of their next use from position `start` on, each once."""
@@ -103,6 +114,12 @@ class EpochOrder:
         shards = self.shards[rows]
         _, first = np.unique(shards, return_index=True)
         return shards[np.sort(first)]
+
+    def _prepare(self, epoch: int) -> None:
+        """Sort an epoch ahead of need: millions of clips take seconds, in which the other threads read on."""
+        if epoch not in self._orders and self._sorting.acquire(blocking=False):
+            self._sorting.release()
+            threading.Thread(target=self._order, args=(epoch,), name="sort-epoch", daemon=True).start()
 
     def _order(self, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
         known = self._orders.get(epoch)
@@ -155,7 +172,7 @@ class MixtureOrder:
 
     def at(self, start: int, count: int) -> Places:
         """Return the clips at positions `start .. start + count - 1`."""
-        rows = np.empty(count, np.int64)
+        rows, parts = np.empty((2, count), np.int64)
         for block in range(start // self.block, -(-(start + count) // self.block)):
             first = block * self.block
             here = slice(max(start - first, 0), min(start + count - first, self.block))
@@ -163,8 +180,13 @@ class MixtureOrder:
             taken = np.empty(self.block, np.int64)
             for number, (part, order, quota) in enumerate(zip(self.parts, self.orders, self.quotas, strict=True)):
                 taken[labels == number] = part[order.at(block * quota, quota).rows]
-            rows[first + here.start - start : first + here.stop - start] = taken[here]
-        return Places(rows, np.ones(count, np.float32))
+            there = slice(first + here.start - start, first + here.stop - start)
+            rows[there], parts[there] = taken[here], labels[here]
+        return Places(rows, np.ones(count, np.float32), parts)
+
+    def rows_of(self, part: int) -> NDArray[np.int64]:
+        """Return the rows of the view that a part draws from."""
+        return self.parts[part]
 
     def upcoming_shards(self, start: int) -> NDArray[np.int64]:
         """Return the shards in the order of their next use from position `start` on, each once."""

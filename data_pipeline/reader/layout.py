@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.dtypes import SCALED, STORED_TYPES
+from data_pipeline.dtypes import SCALED, STORED_TYPES, StoredType
 from data_pipeline.schema import Manifest
 
 PAGE = 4096
@@ -75,24 +75,28 @@ class BatchLayout:
     def starts(self) -> dict[str, int]:
         """Byte at which each field starts, each on a page."""
         starts, at = {}, 0
-        for name, shape in self.shapes.items():
+        for name in self.shapes:
             starts[name] = at
-            at += self.clips * int(np.prod(shape)) * self._type(name).itemsize
+            at += self.clips * self.sizes[name]
             at += -at % PAGE
         return starts
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of one clip's part of each field."""
+        return {name: int(np.prod(shape)) * self._type(name).itemsize for name, shape in self.shapes.items()}
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole block."""
         last = next(reversed(self.shapes))
-        end = self.starts[last] + self.clips * int(np.prod(self.shapes[last])) * self._type(last).itemsize
+        end = self.starts[last] + self.clips * self.sizes[last]
         return end + -end % PAGE
 
     def clip_bytes(self, block: NDArray[np.uint8], name: str, row: int) -> NDArray[np.uint8]:
         """Return the bytes of one clip's part of a field."""
-        size = int(np.prod(self.shapes[name])) * self._type(name).itemsize
-        start = self.starts[name] + row * size
-        return block[start : start + size]
+        start = self.starts[name] + row * self.sizes[name]
+        return block[start : start + self.sizes[name]]
 
     def clip_array(self, block: NDArray[np.uint8], name: str, row: int) -> NDArray[np.float32]:
         """Return one clip's part of an f32 field."""
@@ -103,10 +107,13 @@ class BatchLayout:
         whole = torch.from_numpy(block)
         fields = {}
         for name, shape in self.shapes.items():
-            kind = self._type(name)
-            size = count * int(np.prod(shape)) * kind.itemsize
-            fields[name] = whole[self.starts[name] : self.starts[name] + size].view(kind.torch).view(count, *shape)
+            part = whole[self.starts[name] : self.starts[name] + count * self.sizes[name]]
+            fields[name] = part.view(self._type(name).torch).view(count, *shape)
         return fields
 
-    def _type(self, name: str):
+    def decoded(self) -> BatchLayout:
+        """Return the layout of the same batches with features in f32."""
+        return replace(self, dtype="float32")
+
+    def _type(self, name: str) -> StoredType:
         return STORED_TYPES[self.dtype if name == "features" else "float32"]

@@ -35,7 +35,8 @@ class Block:
         if pinned:
             self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         else:
-            pages = mmap.mmap(-1, nbytes)
+            # Shared mappings, the default, get no huge pages, and a forked child would write into them.
+            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._memory = np.frombuffer(pages, np.uint8)
@@ -59,7 +60,6 @@ class Ring(Generic[T]):
         nbytes: int,
         blocks: int,
         threads: int,
-        first: int,
         timeout: float,
         counters: Counters,
         pinned: bool = False,
@@ -72,7 +72,6 @@ class Ring(Generic[T]):
             nbytes: Size of a block.
             blocks: Blocks kept.
             threads: Threads that fill.
-            first: Number of the first batch.
             timeout: Seconds `take` waits at most.
             counters: What has been done.
             pinned: Whether blocks are pinned for copies to a GPU.
@@ -83,19 +82,19 @@ class Ring(Generic[T]):
         self._free: SimpleQueue[Block | None] = SimpleQueue()
         self._blocks: list[Block] = []
         self._turn = threading.Lock()
-        self._next_to_fill = first
-        self._next_to_take = first
+        self._next_to_fill = self._next_to_take = 0
         self._change = threading.Condition()
         self._ready: dict[int, tuple[T, Block, NDArray[np.uint8]] | BaseException] = {}
         self._doing: dict[str, tuple[int, float, OpenShards]] = {}
         self._closed = False
+        self._started = threading.Barrier(threads + 1)
         for _ in range(blocks):
             self._add_block()
         self._threads = [
             threading.Thread(target=self._work, name=f"reader-{number}", daemon=True) for number in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        self._hung = False
+        _start_single(self._threads, self._started)
 
     def take(self) -> T:
         """Return the next batch.
@@ -104,7 +103,6 @@ class Ring(Generic[T]):
             DataError: What reading it raised, or that it did not come in time.
             StopIteration: After `close`.
         """
-        started = time.monotonic()
         with self._change:
             self._counters.set(ready_batches=len(self._ready))
             if self._next_to_take not in self._ready and all(block.on_loan for block in self._blocks):
@@ -115,9 +113,9 @@ class Ring(Generic[T]):
             if self._closed:
                 raise StopIteration
             if not came:
+                self._hung = True
                 raise self._late()
             entry = self._ready.pop(self._next_to_take)
-        self._counters.add(wait_seconds=time.monotonic() - started)
         if isinstance(entry, BaseException):
             raise entry
         self._next_to_take += 1
@@ -126,7 +124,7 @@ class Ring(Generic[T]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads; batches on loan stay valid."""
+        """Stop the threads; batches on loan stay valid. A thread that hangs in a read is not waited for."""
         with self._change:
             self._closed = True
             self._ready.clear()
@@ -134,7 +132,8 @@ class Ring(Generic[T]):
         for _ in self._threads:
             self._free.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join(0.1 if self._hung else None)
 
     def _add_block(self) -> None:
         block = Block(self._nbytes, pinned=self._pinned)
@@ -144,12 +143,24 @@ class Ring(Generic[T]):
     def _give_back(self, block: Block) -> None:
         # Called wherever the last reference dies, even within the collector: only what is reentrant may happen here.
         block.on_loan = False
-        if len(self._blocks) > self._planned:
-            self._blocks.remove(block)
-        else:
-            self._free.put(block)
+        self._free.put(block)
+
+    def _is_surplus(self, block: Block) -> bool:
+        """Drop a block that is more than was planned, unless the consumer has nothing else to wait for."""
+        with self._change:
+            others = [other for other in self._blocks if other is not block]
+            needed = not self._ready and all(other.on_loan for other in others)
+            if needed or len(others) < self._planned:
+                return False
+            self._blocks = others
+            return True
 
     def _work(self) -> None:
+        # This thread's copies shall not start a team of threads of their own. Asking first makes torch take over the
+        # process' setting, which would otherwise happen later and undo this.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._started.wait()
         files, name = self._open_shards(), threading.current_thread().name
         try:
             while True:
@@ -158,6 +169,8 @@ class Ring(Generic[T]):
                     block = self._free.get()
                     if block is None or self._closed:
                         return
+                    if self._is_surplus(block):
+                        continue
                     number = self._next_to_fill
                     self._next_to_fill += 1
                 self._doing[name] = (number, time.monotonic(), files)
@@ -195,3 +208,13 @@ class Ring(Generic[T]):
         )
         fix = "look at the disk or network that holds the shards, or raise data.reader.timeout"
         return DataError(Problem("data.reader.timeout", self._timeout, rule, fix))
+
+
+def _start_single(threads: list[threading.Thread], started: threading.Barrier) -> None:
+    """Start threads that give themselves one thread of torch's, and leave the others' number as it was."""
+    number = torch.get_num_threads()
+    for thread in threads:
+        thread.start()
+    started.wait()
+    # What a thread sets is also what threads that start later get.
+    torch.set_num_threads(number)

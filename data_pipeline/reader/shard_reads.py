@@ -86,9 +86,11 @@ class OpenShards:
 
         Copies of shards on the node are looked at again before they are used.
         """
+        ranges = list(ranges)
+        for shard in {item.shard for item in ranges}:
+            self._close(shard)
+            self._store.recheck(shard)
         for item in ranges:
-            self._close(item.shard)
-            self._store.recheck(item.shard)
             descriptor = self._descriptor(item.shard)
             # macOS has no such call, and no way to ask for the disk instead of its cache.
             if hasattr(os, "posix_fadvise"):

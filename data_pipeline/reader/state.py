@@ -18,7 +18,8 @@ class ReaderState:
         format: Version of this state.
         data: Fingerprint of the data set.
         view: Digest of the samples that are read.
-        order: Digest of the order: mode, mixture, tail, and the step's size where the order depends on it.
+        alignment: How recorded actions become one per transition.
+        order: Digest of the order: mode, mixture, tail; where it depends on them, the shards' clips, the step's size.
         seed: Of the run.
         position: Clips handed to all ranks together; batches read ahead do not count.
     """
@@ -26,6 +27,7 @@ class ReaderState:
     format: int
     data: str
     view: str
+    alignment: str
     order: str
     seed: int
     position: int
@@ -57,8 +59,9 @@ class ReaderState:
             "format": "state of another release",
             "data": "another data set",
             "view": "other clips of it: data.view, data.select, data.window, data.frames or data.skip_list",
-            "order": "another order: data.order, data.order_shards, data.mixture, data.mixture_block or data.tail, and "
-            "train.global_batch where data.tail is not continuous",
+            "alignment": "actions aligned in another way: data.action_alignment",
+            "order": "another order: data.order, data.order_shards, data.mixture, data.mixture_block or data.tail; "
+            "with data.order=windowed clips in other shards, without data.tail=continuous another train.global_batch",
             "seed": "another train.seed",
         }
         problems = [

@@ -144,9 +144,13 @@ def _check_room(config: DataConfig, opened: OpenedDataset) -> None:
     if config.order == "full" and sum(sizes) > limit:
         rule = f"data.order=full reads from all shards at any time, and those of the view have {sum(sizes)} bytes"
         raise DataError(Problem("data.staging.max_bytes", limit, rule, "set data.order=windowed, or allow as many"))
-    group = sum(sizes[: config.order_shards])
+    # Each part of a mixture goes through groups of its own.
+    count = config.order_shards * max(1, len(config.mixture))
+    group = sum(sizes[:count])
     if group > limit:
-        rule = f"a group of data.order_shards={config.order_shards} shards has up to {group} bytes"
+        rule = (
+            f"the {count} shards that data.order_shards={config.order_shards} reads at a time have up to {group} bytes"
+        )
         raise DataError(Problem("data.staging.max_bytes", limit, rule, "lower data.order_shards, or allow as many"))
 
 

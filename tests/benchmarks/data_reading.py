@@ -15,7 +15,6 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.batch import ClipBatch
 from data_pipeline.dataset.verify import verify
 from data_pipeline.reader.batches import GlobalBatches
 from data_pipeline.reader.clips import ClipReader
@@ -36,17 +35,21 @@ class InShardOrder:
         self.epoch_length = len(shards)
 
     def at(self, start: int, count: int) -> Places:
-        return Places(np.arange(start, start + count) % self.epoch_length, np.ones(count, np.float32))
+        rows = np.arange(start, start + count) % self.epoch_length
+        return Places(rows, np.ones(count, np.float32), np.zeros(count, np.int64))
+
+    def rows_of(self, part: int) -> NDArray[np.int64]:
+        return np.arange(self.epoch_length)
 
     def upcoming_shards(self, start: int) -> NDArray[np.int64]:
         return np.unique(self._shards)
 
 
-class StoredBatches(GlobalBatches):
-    """Steps of one rank whose features stay in their stored type, as they would be sent to a GPU."""
+class RingBatches(GlobalBatches):
+    """Steps of one rank: features stay in their stored type, as they would be sent to a GPU, or are decoded to f32."""
 
-    def __init__(self, reader: ClipReader, *, in_order: bool) -> None:
-        super().__init__(reader, global_batch=BATCH, rank=0, world_size=1, micro_batch=BATCH)
+    def __init__(self, reader: ClipReader, *, in_order: bool = False, decoded: bool = False) -> None:
+        super().__init__(reader, global_batch=BATCH, rank=0, world_size=1, micro_batch=BATCH, decoded=decoded)
         self.reader = reader
         if in_order:
             self._order = InShardOrder(reader.view.shards)
@@ -56,9 +59,6 @@ class StoredBatches(GlobalBatches):
         assert self._ring is not None
         planned = len(self._shares) + self.reader.config.reader.batches
         return len(self._ring._blocks) * self._layout.nbytes, planned * self._layout.nbytes
-
-    def _decoded(self, micro: list[ClipBatch]) -> list[ClipBatch]:
-        return micro
 
 
 def limit(dataset: str) -> Result:
@@ -102,8 +102,12 @@ def check(dataset: str) -> Result:
 
 
 def waits(dataset: str, factors: list[float]) -> Result:
-    """Take batches in steps that last so many times as long as reading one: shares of the time spent waiting."""
-    batches = _open_ring(dataset, True, None, False)
+    """Take batches as the trainer does, in steps that last so many times as long as reading one.
+
+    Returns:
+        Shares of the time that went into getting batches, whatever it was spent on.
+    """
+    batches = _open_ring(dataset, True, None, False, decoded=True)
     steps = batches.reader.num_clips // BATCH
     shares = []
     with closing(batches):
@@ -111,12 +115,15 @@ def waits(dataset: str, factors: list[float]) -> Result:
         for factor in factors:
             # A run of steps starts with what was read ahead during the one before.
             time.sleep(8 * read)
-            waited, started = batches.stats().wait_seconds, time.perf_counter()
-            for features in _features(batches, steps):
+            waited, started = 0.0, time.perf_counter()
+            for _ in range(steps):
+                asked = time.perf_counter()
+                features = next(batches).micro[0].features
+                waited += time.perf_counter() - asked
                 touch(features)
                 del features
                 time.sleep(factor * read)
-            shares.append((batches.stats().wait_seconds - waited) / (time.perf_counter() - started))
+            shares.append(waited / (time.perf_counter() - started))
     return {"shares": shares}
 
 
@@ -152,34 +159,36 @@ def overhead(dataset: str) -> Result:
 
 
 def _config(dataset: str, checksums: bool, threads: int | None) -> DataConfig:
-    reader = ReaderConfig(checksums=checksums, threads=threads or ReaderConfig().threads)
+    reader = ReaderConfig(checksums=checksums, threads=threads)
     return DataConfig(path=dataset, reader=reader)
 
 
-def _open_ring(dataset: str, checksums: bool, threads: int | None, in_order: bool) -> StoredBatches:
+def _open_ring(
+    dataset: str, checksums: bool, threads: int | None, in_order: bool, *, decoded: bool = False
+) -> RingBatches:
     reader = ClipReader(_config(dataset, checksums, threads), split="train", seed=0)
     if reader.num_clips % BATCH:
         raise ValueError(f"{reader.num_clips} clips are no whole number of batches of {BATCH}")
-    return StoredBatches(reader, in_order=in_order)
+    return RingBatches(reader, in_order=in_order, decoded=decoded)
 
 
-def _epoch_cost(batches: StoredBatches) -> dict[str, float]:
+def _epoch_cost(batches: RingBatches) -> dict[str, float]:
     """Return the cost of an epoch in the middle of reading."""
     return cost(lambda: _read_epoch(batches), first=lambda: _fill_blocks(batches))
 
 
-def _fill_blocks(batches: StoredBatches) -> None:
+def _fill_blocks(batches: RingBatches) -> None:
     """Read an epoch or more, so that every block of the ring has been used: a first page fault is no reading."""
     steps = max(batches.reader.num_clips // BATCH, 2 * (1 + batches.reader.config.reader.batches))
     consumed(_features(batches, steps), steps * BATCH)
 
 
-def _read_epoch(batches: StoredBatches) -> None:
+def _read_epoch(batches: RingBatches) -> None:
     steps = batches.reader.num_clips // BATCH
     consumed(_features(batches, steps), steps * BATCH)
 
 
-def _features(batches: StoredBatches, steps: int) -> Iterator[torch.Tensor]:
+def _features(batches: RingBatches, steps: int) -> Iterator[torch.Tensor]:
     for _ in range(steps):
         yield next(batches).micro[0].features
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def run(torchrun, tmp_path: Path, data: Path) -> Callable:
     return start
 
 
+def _assert_killed(ended: subprocess.CompletedProcess[str]) -> None:
+    """That a rank was killed, and that nothing else went wrong."""
+    assert ended.returncode != 0
+    assert "Signal 9 (SIGKILL)" in ended.stderr, ended.stderr[-3000:]
+
+
 def _handed_out(record: Path) -> list[list[tuple[int, str]]]:
     """Clips of each run, over its ranks, step by step in the order of their positions."""
     runs: dict[str, dict[int, list[tuple[int, str]]]] = {}
@@ -65,20 +72,25 @@ def test_killed_runs_go_on_with_exactly_the_clips_that_are_left(run: Callable, t
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    # Ranks, and the batch at which one of them dies: early, within the first epoch, then beyond its end.
-    chain = [(2, 1, 3), (2, 2, 4), (4, 2, 5), (1, 1, 3)]
+    # Ranks, and the batch at which one of them dies: early, then within the first epoch.
+    chain = [(2, 1, 3), (4, 3, 4), (1, 2, 3)]
     for ranks, least, most in chain:
         kill = f"{chance.randrange(ranks)}:{chance.randint(least, most)}:{chance.choice(['data', 'step', 'save'])}"
         if kill.endswith("save"):
             # Checkpoints are written after every second step of the whole run, and a run starts behind one.
             kill = f"{kill.split(':')[0]}:{2 * chance.randint(1, most // 2)}:save"
         print(f"{ranks} ranks, kill {kill}")
-        assert run(ranks, "killed", kill).returncode != 0
+        _assert_killed(run(ranks, "killed", kill))
+    # One more, which dies beyond the end of the first epoch wherever the others have come to.
+    reached = max(int(folder.name.split("-")[1]) for folder in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    _assert_killed(run(2, "killed", f"0:{max(CLIPS // BATCH + 2 - reached, 1)}:step"))
     ended = run(2, "killed", "never")
     assert ended.returncode == 0, ended.stderr[-3000:]
 
+    runs = _handed_out(tmp_path / "killed-record")
+    assert runs[-2][-1][0] >= CLIPS > runs[0][-1][0]
     reader = ClipReader(DataConfig(path=str(data)), split="train", seed=0)
-    positions, keys = zip(*_kept(_handed_out(tmp_path / "killed-record")), strict=True)
+    positions, keys = zip(*_kept(runs), strict=True)
     assert positions == tuple(range(BATCH * STEPS))
     rows = global_order(reader, BATCH).at(0, BATCH * STEPS).rows
     assert list(keys) == [reader.keys[row] for row in rows]

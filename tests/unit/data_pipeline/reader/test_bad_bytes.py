@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -239,3 +240,30 @@ def test_neighbours_are_read_in_one_call(copied: Path) -> None:
         row = item.owner
         assert bytes(item.target) == bytes(reader.clip(row).features.view(torch.uint8).flatten().numpy())
     files.close()
+
+
+def test_a_substitute_comes_from_the_same_part_of_a_mixture(tmp_path: Path) -> None:
+    write_dataset(tmp_path, clips=8, partitions=("old", "new", "later"))
+    parts = [{"view": ["old"], "weight": 1.0, "clips": 3}, {"view": ["new"], "weight": 1.0}]
+    config = {"mixture": parts, "mixture_block": 4, "reader": {"on_bad_clip": "substitute", "max_bad_fraction": 0.5}}
+    buffer = {key for step in _steps(_open(tmp_path, **config), 8)[0] for batch in step.micro for key in batch.keys}
+    buffer = {key for key in buffer if key.startswith("old")}
+    assert len(buffer) == 3
+    _flip(tmp_path, sorted(buffer)[0], "features")
+    drawn = [key for step in _steps(_open(tmp_path, **config), 8)[0] for batch in step.micro for key in batch.keys]
+    assert {key for key in drawn if not key.startswith("new")} == buffer - {sorted(buffer)[0]}
+    assert sum(key.startswith("old") for key in drawn) == len(drawn) // 2
+
+
+@pytest.mark.parametrize("policy", ["mask", "substitute", "raise"])
+def test_a_process_at_its_limit_is_no_bad_clip(copied: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    limits = {"max_bad_fraction": 1.0} if policy != "raise" else {}
+    reader = _open(copied, reader={"on_bad_clip": policy, **limits})
+
+    def refused(shard: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(reader.store, "open", refused)
+    with pytest.raises(DataError, match=r"data\.reader\.threads.*Too many open files.*ulimit -n"):
+        _steps(reader, 1)
+    assert reader.stats().bad_clips_unreadable == 0

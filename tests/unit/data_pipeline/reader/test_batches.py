@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,7 @@ def test_the_size_of_a_step_may_change_on_resume(reader: ClipReader) -> None:
     [
         ({"view": ["ice"]}, "data: view"),
         ({"frames": 3}, "data: view"),
+        ({"action_alignment": "first"}, "data: alignment"),
         ({"order": "windowed"}, "data: order"),
         ({"tail": "drop"}, "data: order"),
         ({"mixture": [{"view": ["base"], "weight": 1.0}, {"view": ["ice"], "weight": 1.0}]}, "data: order"),
@@ -169,14 +173,15 @@ def test_another_data_set_or_seed_is_refused(reader: ClipReader, dataset: Path, 
         GlobalBatches(reader, global_batch=4, rank=0, world_size=1, micro_batch=4).load_state_dict({"position": 3})
 
 
-def test_kept_batches_are_never_overwritten(reader: ClipReader) -> None:
-    batches = GlobalBatches(reader, global_batch=3, rank=0, world_size=1, micro_batch=3)
-    batches._decoded = lambda micro: micro  # pyright: ignore[reportAttributeAccessIssue] # tensors of the ring itself
+@pytest.mark.parametrize("decoded", [True, False])
+def test_kept_batches_are_never_overwritten(reader: ClipReader, decoded: bool) -> None:
+    batches = GlobalBatches(reader, global_batch=3, rank=0, world_size=1, micro_batch=3, decoded=decoded)
     kept = [next(batches) for _ in range(20)]
     for step in kept:
         (batch,) = step.micro
         alone = reader.read(np.array([reader.keys.index(key) for key in batch.keys]))
-        assert torch.equal(batch.features, alone.features)
+        assert batch.features.dtype == (torch.float32 if decoded else torch.float16)
+        assert torch.equal(batch.features, alone.to("cpu").features if decoded else alone.features)
     overflows = batches.stats().ring_overflows
     assert overflows >= 20 - 1 - reader.config.reader.batches
     del kept, step, batch
@@ -191,8 +196,8 @@ def test_reading_needs_no_new_memory_while_batches_are_let_go(reader: ClipReader
     before = batches.stats().ring_overflows
     addresses = set()
     for _ in range(40):
-        step = batches._take(batches._ring) if batches._ring else next(batches).micro
-        addresses |= {batch.features.data_ptr() for batch in step}
+        step = next(batches)
+        addresses |= {batch.features.data_ptr() for batch in step.micro}
         del step
     assert batches.stats().ring_overflows == before
     assert len(addresses) <= 2 + 2 + reader.config.reader.batches
@@ -251,3 +256,118 @@ def test_without_checksums_none_is_computed(dataset: Path) -> None:
     _steps(reader, 2, global_batch=5, micro_batch=5)
     assert reader.stats().checksum_errors == 0
     assert reader.fields.check is False
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float8_e4m3fn", "float32"])
+@pytest.mark.parametrize("config", [{}, {"frames": 3}, {"window": {"frames": 4, "stride": 2}}])
+def test_every_stored_type_is_decoded_as_a_single_clip_is(tmp_path: Path, dtype: Any, config: dict[str, Any]) -> None:
+    write_dataset(tmp_path, clips=5, lengths=(4, 6, 9), dtype=dtype)
+    reader = _open(tmp_path, **config)
+    for step in _steps(reader, 6, global_batch=4, micro_batch=3):
+        for batch in step.micro:
+            alone = reader.read(np.array([reader.keys.index(key) for key in batch.keys])).to("cpu")
+            assert torch.equal(batch.features, alone.features)
+            assert torch.equal(batch.actions, alone.actions)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"order": "windowed", "order_shards": 2},
+        {"window": {"frames": 3}},
+        {"tail": "drop"},
+        {"tail": "pad_zero_weight"},
+        {
+            "mixture": [{"view": ["base"], "weight": 2.0}, {"view": ["ice"], "weight": 1.0, "clips": 3}],
+            "mixture_block": 6,
+        },
+    ],
+)
+def test_every_order_goes_on_exactly(dataset: Path, config: dict[str, Any]) -> None:
+    reader = _open(dataset, **config)
+    whole = [_real(step.micro) for step in _steps(reader, 9, global_batch=4, micro_batch=4)]
+    for done in (1, 4, 7):
+        first = GlobalBatches(reader, global_batch=4, rank=0, world_size=1, micro_batch=2)
+        for _ in range(done):
+            next(first)
+        again = GlobalBatches(_open(dataset, **config), global_batch=4, rank=0, world_size=1, micro_batch=3)
+        again.load_state_dict(first.state_dict())
+        assert [_real(next(again).micro) for _ in range(9 - done)] == whole[done:]
+        first.close()
+        again.close()
+
+
+def test_the_windowed_order_is_known_by_its_shards(dataset: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, clips=7, heldout=7, lengths=(4, 5, 5), state_dim=3, extrinsics_dim=2, clips_per_shard=3)
+    one, other = (_open(folder, order="windowed") for folder in (dataset, tmp_path))
+    assert one.fingerprint() != other.fingerprint()
+    state = GlobalBatches(one, global_batch=4, rank=0, world_size=1, micro_batch=4).state_dict()
+    with pytest.raises(DataError, match="clips in other shards"):
+        GlobalBatches(other, global_batch=4, rank=0, world_size=1, micro_batch=4).load_state_dict(state)
+    full = GlobalBatches(_open(tmp_path), global_batch=4, rank=0, world_size=1, micro_batch=4)
+    full.load_state_dict(
+        GlobalBatches(_open(dataset), global_batch=4, rank=0, world_size=1, micro_batch=4).state_dict()
+    )
+
+
+@pytest.mark.parametrize("alignment", ["pair-mean", "difference"])
+def test_an_alignment_that_the_recorded_rows_do_not_suit_is_refused(dataset: Path, alignment: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.action_alignment={alignment}: clip .* rows of actions"):
+        _open(dataset, action_alignment=alignment)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"select": {"keys": "base*"}}, r"data\.mixture\.1\.view=\['ice'\].*leave no training clip"),
+        ({}, r"data\.mixture\.1\.clips=9.*only 7 clips"),
+    ],
+)
+def test_a_part_without_enough_clips_is_refused(dataset: Path, config: dict[str, Any], named: str) -> None:
+    parts = [{"view": ["base"], "weight": 1.0}, {"view": ["ice"], "weight": 1.0, "clips": 9}]
+    with pytest.raises(DataError, match=named):
+        _open(dataset, mixture=parts, **config)
+
+
+def test_a_read_that_hangs_ends_the_run_in_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = _open(dataset, reader={"timeout": 0.3, "threads": 2})
+    release, real = threading.Event(), reader.store.open
+
+    def hanging(shard: int) -> int:
+        release.wait(20)
+        return real(shard)
+
+    monkeypatch.setattr(reader.store, "open", hanging)
+    batches = GlobalBatches(reader, global_batch=4, rank=0, world_size=1, micro_batch=4)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"data\.reader\.timeout=0\.3: no batch came"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+    assert not release.is_set()
+    assert time.monotonic() - started < 15
+    release.set()
+
+
+def test_batches_that_are_dropped_end_their_threads(dataset: Path) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    batches = GlobalBatches(_open(dataset), global_batch=4, rank=0, world_size=1, micro_batch=4)
+    kept = next(batches)
+    expected = kept.micro[0].features.clone()
+    del batches
+    gc.collect()
+    assert {thread.name for thread in threading.enumerate()} <= before
+    assert torch.equal(kept.micro[0].features, expected)
+
+
+def test_reading_threads_leave_the_number_of_torchs_threads_alone(dataset: Path) -> None:
+    number = torch.get_num_threads()
+    found: list[int] = []
+    batches = GlobalBatches(_open(dataset), global_batch=4, rank=0, world_size=1, micro_batch=4)
+    next(batches)
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found == [number]
+    assert torch.get_num_threads() == number
+    batches.close()

@@ -16,7 +16,9 @@ from data_pipeline.reader.clips import ClipReader
 from data_pipeline.reader.streamed import StreamedClips
 from data_pipeline.reader.torch_dataset import ClipDataset
 from data_pipeline.schema import DataConfig
+from data_pipeline.shard import shard
 from data_pipeline.shard.walk import open_regular, walk
+from tests.feature_folders import write_features
 from tests.small_dataset import write_dataset
 
 
@@ -142,13 +144,23 @@ def test_a_data_loader_reads_the_same_clips(dataset: Path, reader: ClipReader, w
         clips[14]
 
 
-def test_tars_without_an_index_can_be_streamed_and_refuse_to_resume(dataset: Path, reader: ClipReader) -> None:
-    clips = StreamedClips(sorted((dataset / "shards").glob("train-*.tar")))
+@pytest.mark.parametrize("dtype", sorted(STORED_TYPES))
+def test_tars_without_an_index_can_be_streamed_and_refuse_to_resume(tmp_path: Path, dtype: str) -> None:
+    features = write_features(tmp_path / "features", per_split=3, states=True)
+    stored = "float16" if dtype.startswith("float8") else dtype
+    shard(features, tmp_path / "data", dtype=stored, clips_per_shard=3)  # pyright: ignore[reportArgumentType]
+    reader = ClipReader(DataConfig(path=str(tmp_path / "data")), split="train", seed=0)
+    clips = StreamedClips(sorted((tmp_path / "data" / "shards").glob("train-*.tar")))
     found = list(clips)
     assert [clip.key for clip in found] == reader.keys
     for row, clip in enumerate(found):
-        assert torch.equal(clip.features, reader.clip(row).features)
-        assert torch.equal(clip.actions, reader.clip(row).actions)
+        indexed = reader.clip(row)
+        assert torch.equal(clip.decoded(), indexed.decoded())
+        for name in ("actions", "states", "extrinsics"):
+            mine, theirs = getattr(clip, name), getattr(indexed, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+        assert clip.partition == indexed.partition
     with pytest.raises(DataError, match=r"no place to resume from.*hopescale data index"):
         clips.state_dict()
 

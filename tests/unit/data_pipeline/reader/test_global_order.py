@@ -13,7 +13,7 @@ SHARDS = np.arange(11) // 3
 
 
 def _stream(order: EpochOrder | MixtureOrder, count: int) -> tuple[list[int], list[float]]:
-    rows, weights = order.at(0, count)
+    rows, weights, _ = order.at(0, count)
     return rows.tolist(), weights.tolist()
 
 
@@ -34,7 +34,7 @@ def test_epochs_end_with_a_step_where_the_tail_says_so(tail: Tail, length: int, 
     order = EpochOrder(UIDS, SHARDS, 1, tail=tail, global_batch=4)
     assert order.epoch_length == length
     for epoch in range(3):
-        rows, weights = order.at(epoch * length, length)
+        rows, weights, _ = order.at(epoch * length, length)
         real = rows[weights > 0].tolist()
         assert real == epoch_order(UIDS, 1, epoch).tolist()[: len(real)]
         assert len(set(real)) == len(real) == min(length, 11)
@@ -72,6 +72,9 @@ def test_mixtures_keep_exact_shares_and_go_on_anywhere(
         return
     stream, weights = _stream(mixture(), 400)
     assert set(weights) == {1.0}
+    places = mixture().at(0, 400)
+    assert places.parts.tolist() == [int(row >= 7) for row in places.rows]
+    assert all(mixture().rows_of(part).tolist() == rows.tolist() for part, rows in enumerate(parts))
     assert mixture().at(start, count).rows.tolist() == stream[start : start + count]
     quota = mixture().quotas[1]
     for first in range(0, 400 - block, block):

@@ -31,14 +31,13 @@ def _fill(number: int, memory: np.ndarray, files: object) -> torch.Tensor:
 def make_ring() -> Iterator:
     rings = []
 
-    def make(fill=_fill, blocks: int = 3, threads: int = 2, first: int = 0, timeout: float = 20.0) -> Ring:
+    def make(fill=_fill, blocks: int = 3, threads: int = 2, timeout: float = 20.0) -> Ring:
         ring = Ring(
             fill,
             NoShards,  # pyright: ignore[reportArgumentType]
             nbytes=4096,
             blocks=blocks,
             threads=threads,
-            first=first,
             timeout=timeout,
             counters=Counters(),
         )
@@ -57,8 +56,8 @@ def test_batches_come_in_order_however_long_each_takes(make_ring, threads: int, 
         time.sleep(0.002 * (number % 3 == 0))
         return _fill(number, memory, files)
 
-    ring = make_ring(uneven, blocks=blocks, threads=threads, first=7)
-    for number in range(7, 60):
+    ring = make_ring(uneven, blocks=blocks, threads=threads)
+    for number in range(60):
         batch = ring.take()
         assert set(batch.tolist()) == {number % 251}
         del batch

@@ -151,7 +151,7 @@ class TestRoom:
     def test_the_windowed_order_needs_a_group_of_shards(self, written: Path, tmp_path: Path) -> None:
         largest = sorted(self.sizes(written))[-2:]
         self.staged(written, tmp_path, sum(largest), order="windowed", order_shards=2)
-        with pytest.raises(DataError, match=r"a group of data\.order_shards=2 shards"):
+        with pytest.raises(DataError, match=r"the 2 shards that data\.order_shards=2 reads at a time"):
             self.staged(written, tmp_path, sum(largest) - 1, order="windowed", order_shards=2)
 
     def test_one_shard_must_fit(self, written: Path, tmp_path: Path) -> None:
