@@ -27,6 +27,7 @@ _SHARD = {field.name: field.default for field in fields(ShardSettings)}
 _RUN = {field.name: field.default for field in fields(RunSettings)}
 _SOURCE: dict[str, Any] = {"kind": str, "partitions": (), "split": str}
 _OTHER: dict[str, Any] = {"part": WHOLE, "dry_run": False, "metrics_file": str}
+_NOT_DRY = ("part", "workers", "paranoid", "metrics_file")
 _PREFIXES = ("source.", "provenance.")
 
 
@@ -42,6 +43,7 @@ def shard_clips(source: str, out: Path, settings: Sequence[str], bar: Bar) -> di
     given = {name: values[name] for name in _SOURCE if name in values}
     clips = open_clips(source, options=prefixed["source."], provenance=prefixed["provenance."], **given)
     if values.get("dry_run", False):
+        _check_dry_run(values)
         return _dry_run(clips, out, made, how)
     watch = _Watch(bar, _metrics_file(values.get("metrics_file")))
     part = values.get("part", WHOLE)
@@ -108,6 +110,18 @@ def _metrics_file(name: str | None) -> Path | None:
     return path
 
 
+def _check_dry_run(values: dict[str, Any]) -> None:
+    """Refuse what a dry run has no use for.
+
+    Raises:
+        ConfigError: names all such settings.
+    """
+    unused = [name for name in _NOT_DRY if name in values]
+    if unused:
+        rule, fix = "has no effect with dry_run=true: the plan of all shards is shown", "leave it out"
+        raise ConfigError([Problem(name, values[name], rule, fix) for name in unused])
+
+
 def _dry_run(clips: OpenedClips, out: Path, settings: ShardSettings, how: RunSettings) -> dict[str, Any]:
     plan, work = plan_shards(clips, settings, how)
     result = _planned(out, plan, work)
@@ -147,7 +161,9 @@ def _planned(out: Path, plan: Plan, work: Work) -> dict[str, Any]:
 
 
 def _described(out: Path, manifest: Manifest) -> dict[str, Any]:
-    report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+    written = out / REPORT_FILE
+    # Tars that were indexed where they lie have none.
+    report = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {"notes": [], "skipped": []}
     for note in report["notes"]:
         print(note)
     skipped = report["skipped"]

@@ -21,6 +21,9 @@ STATISTICS_FILE = "stats.npz"
 MAX_KEY = 80
 MAX_STATISTICS = 1 << 30
 SHARD_FOLDER = "shards"
+GROUP_FILES = "group_files.json"
+"""The files of a zarr group, which is one shard by name and thousands of files on disk."""
+MAX_GROUP_FILES = 64 << 20
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,6 +61,8 @@ def most_bytes(manifest: Manifest, name: str) -> int:
         return (MAX_KEY + 1) * manifest.num_clips
     if name == STATISTICS_FILE:
         return MAX_STATISTICS
+    if name == GROUP_FILES:
+        return MAX_GROUP_FILES
     head = MAX_HEADER + 12
     if name == MEAN_FRAME_FILE:
         return head + 4 * manifest.tokens * manifest.encoder_dim
@@ -75,7 +80,7 @@ def manifest_disagreements(manifest: Manifest) -> Iterator[Disagreement]:
     needed, listed = set(manifest_files(manifest)), set(manifest.files)
     for name in sorted(needed - listed):
         yield Disagreement("files", name, "the manifest does not list this file")
-    for name in sorted(listed - needed):
+    for name in sorted(listed - needed - ({GROUP_FILES} if manifest.container == "zarr" else set())):
         yield Disagreement("files", name, "not a file of a data set")
     for name, sha256 in sorted(manifest.files.items()):
         if not _SHA256.fullmatch(sha256):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.index import Index, Row
+from data_pipeline.dataset.index_checks import check_index
 from data_pipeline.dataset.manifest import STATISTICS_FILE, load_manifest
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import DataError, Problem
@@ -20,7 +21,7 @@ from data_pipeline.schema import SPLITS, Manifest
 from data_pipeline.shard.convert import as_float32, layer_norm
 from data_pipeline.shard.tar import Payload
 from data_pipeline.shard.walk import open_regular
-from data_pipeline.sources.stored import NpzArray, npz_names
+from data_pipeline.sources.stored import NpzArray, npz_names, reason
 
 _SEARCHED = 5000
 _ROW_FIELDS = ("actions", "states", "extrinsics")
@@ -33,11 +34,17 @@ class InspectedDataset:
         """Open it.
 
         Raises:
-            DataError: See `load_manifest`.
+            DataError: See `load_manifest`; or the numbers in the index cannot be those of this data set.
         """
         self.folder = folder
         self.manifest: Manifest = load_manifest(folder, field="dataset")
         self.index = Index(folder, self.manifest)
+        findings = check_index(self.index, self.manifest)
+        if findings.count:
+            first = findings.listed[0]
+            rule = f"the index cannot be trusted: {first.text}"
+            where = folder if first.shard is None else folder / first.shard
+            raise DataError(Problem("dataset", where, rule, "`hopescale data verify` lists all that is wrong"))
 
     def row(self, key: str) -> Row:
         """Return a clip's row.
@@ -192,17 +199,38 @@ def _partitions(dataset: InspectedDataset, lengths: NDArray[np.int64]) -> Iterat
 
 
 def _statistics(dataset: InspectedDataset) -> dict[str, Any]:
+    shapes = _statistics_shapes(dataset.manifest)
     path = dataset.folder / STATISTICS_FILE
-    there = npz_names(path)
-    wanted = [name for name in there if name != "partitions"]
-    arrays = {name: NpzArray(path, STATISTICS_FILE, name).read()[0] for name in wanted}
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for name in filter(shapes.__contains__, npz_names(path)):
+            array = NpzArray(path, STATISTICS_FILE, name)
+            seen = array.look()
+            if seen.shape != shapes[name]:
+                raise ValueError(f"{name} has the shape {list(seen.shape)}, not {list(shapes[name])}")
+            arrays[name] = array.read()[0]
+    except (OSError, ValueError) as error:
+        rule = f"the statistics cannot be used: {reason(error)}"
+        raise DataError(Problem("dataset", path, rule, "copy the file again")) from error
     found: dict[str, Any] = {}
     if {"channel_mean", "channel_std", "channel_absmax"} <= arrays.keys():
         found["features"] = _channels(arrays)
     for name in _ROW_FIELDS:
-        if f"{name}_mean" in arrays:
+        if {f"{name}_mean", f"{name}_count"} <= arrays.keys():
             found[name] = _rows(name, arrays, list(dataset.manifest.partitions))
     return found
+
+
+def _statistics_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays that are described, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"channel_count": ()}
+    shapes |= dict.fromkeys(("channel_mean", "channel_std", "channel_absmax"), (manifest.encoder_dim,))
+    widths = (manifest.action_dim, manifest.state_dim, manifest.extrinsics_dim)
+    for name, width in zip(_ROW_FIELDS, widths, strict=True):
+        partitions = len(manifest.partitions)
+        shapes[f"{name}_count"] = (partitions,)
+        shapes |= {f"{name}_{part}": (partitions, width) for part in ("mean", "std", "min", "max")}
+    return shapes
 
 
 def _channels(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

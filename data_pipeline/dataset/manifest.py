@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.cache import write_json
 from data_pipeline.dataset.consistency import (
+    GROUP_FILES,
     MEAN_FRAME_FILE,
     SHARD_FOLDER,
     STATISTICS_FILE,
@@ -87,9 +88,18 @@ def read_manifest(folder: Path, field: str = "data.path") -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json with a digest of itself, after everything it speaks of: its presence means complete."""
+    """Write manifest.json with a digest of itself, after everything it speaks of: its presence means complete.
+
+    Raises:
+        DataError: It has more bytes than anybody reads, for too many shards or partitions.
+    """
     document = asdict(manifest)
-    write_json(folder / MANIFEST_FILE, {**document, DIGEST_ENTRY: manifest_digest(document)})
+    document = {**document, DIGEST_ENTRY: manifest_digest(document)}
+    size = len(json.dumps(document, indent=1)) + 1
+    if size > MAX_MANIFEST:
+        rule = f"it would have {size} bytes, a manifest has at most {MAX_MANIFEST}"
+        raise DataError(Problem("manifest", folder / MANIFEST_FILE, rule, "pack more clips into a shard"))
+    write_json(folder / MANIFEST_FILE, document)
 
 
 def manifest_digest(document: Mapping[str, Any]) -> str:
@@ -166,18 +176,39 @@ def file_problems(folder: Path, manifest: Manifest, field: str = "data.path") ->
 
 
 def shard_problems(folder: Path, manifest: Manifest, field: str = "data.path") -> list[Problem]:
-    """Return which shards are missing, are links or anything but files, or have another size than the manifest says."""
+    """Return which shards are missing, are links or anything but files, or have another size than the manifest says.
+
+    Of a zarr group every file counts.
+    """
+    if manifest.container == "zarr":
+        return _group_problems(folder, manifest, field)
     problems = []
     for entry in manifest.shards:
         path = folder / manifest.shard_folder / entry.name
         if not os.path.lexists(path):
             problems.append(Problem(field, path, "the shard is missing", _MAKE_AGAIN))
-        elif manifest.container == "tar" and not stat.S_ISREG(path.lstat().st_mode):
+        elif not stat.S_ISREG(path.lstat().st_mode):
             problems.append(Problem(field, path, "the shard is not a regular file", _MAKE_AGAIN))
-        elif manifest.container == "tar" and path.stat().st_size != entry.bytes:
+        elif path.stat().st_size != entry.bytes:
             rule = f"the shard has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
             problems.append(Problem(field, path, rule, _MAKE_AGAIN))
     return problems
+
+
+def _group_problems(folder: Path, manifest: Manifest, field: str) -> list[Problem]:
+    from data_pipeline.dataset.group_files import group_losses, read_group_files
+
+    if GROUP_FILES not in manifest.files:
+        return [Problem(field, folder / MANIFEST_FILE, f"the manifest lists no {GROUP_FILES}", _MAKE_AGAIN)]
+    try:
+        files = read_group_files(folder)
+    except (OSError, ValueError) as error:
+        return [Problem(field, folder / GROUP_FILES, f"cannot be used ({_shown(error)})", _MAKE_AGAIN)]
+    return [
+        Problem(field, folder / manifest.shard_folder / _shown(loss.name), loss.text, _MAKE_AGAIN)
+        for _, losses in group_losses(folder, files, every_byte=False)
+        for loss in losses
+    ]
 
 
 def _unknown(document: Mapping[str, Any]) -> str:

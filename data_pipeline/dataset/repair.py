@@ -27,6 +27,8 @@ from data_pipeline.sources.clip_source import as_split
 from data_pipeline.sources.layout import FEATURES_DTYPES
 from data_pipeline.sources.stored import reason
 
+_WORKSHOP = ".repair-"
+_NOT_TARS = "only tars are mended: remove the data set and make it again with `hopescale data shard`"
 _FOREIGN = "its tars are somebody else's: copy the tar again, or index them anew with replace=true"
 
 
@@ -43,8 +45,8 @@ class Repaired:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def repair(folder: Path, manifest: Manifest, damaged: Iterable[str]) -> Repaired:
-    """Make damaged shards again from the source that plan.json names, and damaged files beside them from the shards.
+def repair(folder: Path, manifest: Manifest, damaged: Iterable[str], source: Path | str | None = None) -> Repaired:
+    """Make damaged shards again from the source that the user names, and damaged files beside them from the shards.
 
     Nothing is replaced but by bytes with the sha256 of the manifest.
 
@@ -52,6 +54,7 @@ def repair(folder: Path, manifest: Manifest, damaged: Iterable[str]) -> Repaired
         folder: Of the data set.
         manifest: Of the data set.
         damaged: Names of shards, and of files beside them.
+        source: What the data set was made of; without, no shard is made again.
     """
     named = set(damaged)
     files = sorted(named.intersection(manifest.files))
@@ -59,10 +62,13 @@ def repair(folder: Path, manifest: Manifest, damaged: Iterable[str]) -> Repaired
     # Without an index nobody has looked at the shards yet, and it can only be made from sound ones.
     wanted = [name for name in shards if files or name in named]
     done = Repaired()
+    if manifest.container != "tar":
+        done.failed |= dict.fromkeys(sorted(named), _NOT_TARS)
+        return done
     try:
         with PartLock(folder, WHOLE), _workshop(folder) as workshop:
             for name in wanted:
-                _repair_shard(folder, manifest, name, shards[name].sha256, workshop, done, asked=name in named)
+                _repair_shard(folder, manifest, name, shards[name].sha256, workshop, done, source, asked=name in named)
             if files:
                 _repair_files(folder, manifest, files, workshop, done)
     except (DataError, OSError) as error:
@@ -73,8 +79,11 @@ def repair(folder: Path, manifest: Manifest, damaged: Iterable[str]) -> Repaired
 
 @contextmanager
 def _workshop(folder: Path) -> Iterator[Path]:
-    """A folder on the same file system, from which files are renamed into place."""
-    place = Path(tempfile.mkdtemp(prefix=".repair-", dir=folder))
+    """A folder on the same file system, from which files are renamed into place; killed repairs' are removed."""
+    for left in folder.glob(f"{_WORKSHOP}*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    place = Path(tempfile.mkdtemp(prefix=_WORKSHOP, dir=folder))
     try:
         yield place
     finally:
@@ -82,7 +91,15 @@ def _workshop(folder: Path) -> Iterator[Path]:
 
 
 def _repair_shard(
-    folder: Path, manifest: Manifest, name: str, sha256: str, workshop: Path, done: Repaired, *, asked: bool
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    sha256: str,
+    workshop: Path,
+    done: Repaired,
+    source: Path | str | None,
+    *,
+    asked: bool,
 ) -> None:
     path = folder / manifest.shard_folder / name
     if _has_digest(path, sha256):
@@ -93,7 +110,7 @@ def _repair_shard(
         done.failed[name] = _FOREIGN
         return
     try:
-        rebuild_shard(folder, path.stem, workshop)
+        rebuild_shard(folder, path.stem, workshop, source)
     except DataError as error:
         done.failed[name] = str(error)
         return

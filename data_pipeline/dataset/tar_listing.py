@@ -27,13 +27,12 @@ from data_pipeline.sources.base import Listing, SourceClip
 from data_pipeline.sources.labels import labels
 from data_pipeline.sources.layout import FEATURES_DTYPES
 from data_pipeline.sources.stored import printable, reason
+from data_pipeline.sources.tar_files import find_tars
 
 StatisticsMode = Literal["auto", "all", "sample"]
 SOURCE = "tars"
 MAX_PROBLEMS = 20
 COPY_AGAIN = "copy the tar again; `tar tf FILE` shows how far it can be read"
-
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.[a-z0-9]+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -267,15 +266,18 @@ def _provenance(like: TarClip, encoder: str, encode_mode: EncodeMode) -> Provena
 
 def _tars(folder: Path) -> list[str]:
     problems = []
-    names = sorted(entry.name for entry in os.scandir(folder))
-    tars = [name for name in names if name.endswith(".tar")]
+    try:
+        found = find_tars(folder)
+    except OSError as error:
+        raise DataError(Problem("tars", folder, reason(error), "correct the path")) from error
+    tars = sorted(name for name in found.tars if "/" not in name)
     for name in tars:
         if not is_shard_name(name):
             rule = "a shard's name has letters, digits, dots, _ and -, and starts with none of the last two"
             problems.append(Problem("tars", printable(name), rule, "rename it"))
-    for name in filter(_COMPRESSED.search, names):
-        problems.append(Problem("tars", printable(name), "compressed tars cannot be read at any place", "unpack it"))
-    deeper = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.tar"))
+    for name, rule in found.unread.items():
+        problems.append(Problem("tars", printable(name), rule, "put tars in its place, or move it out of the folder"))
+    deeper = [name for name in found.tars if "/" in name]
     if deeper:
         rule = f"{len(deeper)} tars lie in folders of their own"
         fix = "name that folder, or move them into one folder"

@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.cache import write_bytes
 from data_pipeline.dataset.findings import Finding, Findings, VerifyReport
 from data_pipeline.dataset.fingerprint import index_fingerprint
+from data_pipeline.dataset.group_files import GROUP, GROUP_FILES, group_digest, group_losses, read_group_files
 from data_pipeline.dataset.index import Index
 from data_pipeline.dataset.index_checks import check_index
 from data_pipeline.dataset.manifest import file_problems, read_manifest
@@ -20,6 +21,7 @@ from data_pipeline.dataset.shard_checks import LEVELS, Level, ShardCheck
 from data_pipeline.dataset.spans import SpanReader
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.schema import Manifest
+from data_pipeline.sources.stored import printable
 
 Progress = Callable[[int, int], None]
 MAX_WORKERS = 256
@@ -31,13 +33,15 @@ def verify(
     level: Level = "crc",
     workers: int = 1,
     repair: bool = False,
+    source: Path | str | None = None,
     quarantine: Path | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a data set.
 
-    quick looks at the manifest, the files beside the shards, every row of the index, and the shards' sizes. crc also
-    reads every field of every clip. full also reads every other byte for the shards' sha256, compares names, places,
+    quick looks at the manifest, the files beside the shards, every row of the index, and the shards' sizes, of a zarr
+    group those of its files. crc also reads every field of every clip, of a zarr group every byte for the sha256 of its
+    files. full also reads every other byte for the shards' sha256, compares names, places,
     headers and descriptions in each tar with the index, and looks for values that are not finite.
 
     Args:
@@ -45,28 +49,41 @@ def verify(
         level: quick, crc or full.
         workers: Threads that read shards.
         repair: Make what is damaged again, see `repair.repair`, and report what is found then.
-        quarantine: File that the keys of damaged clips are written to, one a line, for `data.skip_list`.
+        source: What the data set was made of, for shards to be made again.
+        quarantine: File that the keys of damaged clips are written to, one a line, for `data.skip_list`; left alone if
+            not all clips could be checked.
         progress: Called with (clips done, clips in all).
 
     Raises:
-        DataError: It is not a data set: no manifest, or one that cannot be used; or a setting is wrong.
+        DataError: It is not a data set: no manifest, or one that cannot be used; or a setting is wrong, or the
+            quarantine list cannot be written.
     """
     if level not in LEVELS:
         raise DataError(Problem("level", level, "no such level", nearest(str(level), LEVELS)))
     if not 1 <= workers <= MAX_WORKERS:
         raise DataError(Problem("workers", workers, f"must be 1 to {MAX_WORKERS}", "use the number of cores"))
     manifest = read_manifest(folder, "dataset")
-    if manifest.container != "tar" and level != "quick":
-        rule = f"the fields of {manifest.container} data sets have no place in a file that this could read"
-        raise DataError(Problem("level", level, rule, "use level=quick"))
+    if source is not None and not repair:
+        raise DataError(Problem("source", source, "has no effect without --repair", "leave it out, or add --repair"))
     report = _Check(folder, manifest, level, workers, progress).run()
     if repair and not report.sound:
-        done = repair_files(folder, manifest, report.damaged_files)
+        done = repair_files(folder, manifest, report.damaged_files, source)
         again = _Check(folder, manifest, level, workers, progress).run() if done.names else report
         report = replace(again, repaired=tuple(done.names), not_repaired=done.failed)
     if quarantine is not None:
-        write_bytes(quarantine, "".join(f"{key}\n" for key in report.damaged_clips).encode("ascii"))
+        _write_quarantine(quarantine, report)
     return report
+
+
+def _write_quarantine(path: Path, report: VerifyReport) -> None:
+    if report.not_checked:
+        # A list of what little was checked would pass for a list of all that is damaged.
+        return
+    try:
+        write_bytes(path, "".join(f"{key}\n" for key in report.damaged_clips).encode("ascii"))
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise DataError(Problem("--quarantine", path, rule, "name a file in a folder that exists")) from error
 
 
 @dataclass
@@ -89,6 +106,10 @@ class _Check:
             return self._report(findings, index, "shards were not checked, for the index cannot be trusted")
         if self.level != "quick":
             self._check_fingerprint(index, findings)
+        if self.manifest.container != "tar":
+            read = self._check_group(findings)
+            lost = "which clips are damaged was not looked for: zarr groups are not trained from"
+            return self._report(findings, index, lost if findings.count else "", read)
         read = self._check_shards(ClipPlaces(self.folder, self.manifest, index), findings)
         return self._report(findings, index, "", read)
 
@@ -106,6 +127,25 @@ class _Check:
             wanted = self.manifest.fingerprint
             findings.add(Finding("index", text, "manifest.json", expected=wanted, actual=actual))
 
+    def _check_group(self, findings: Findings) -> int:
+        if GROUP_FILES not in self.manifest.files:
+            findings.add(Finding("file", f"the manifest lists no {GROUP_FILES}", "manifest.json"))
+            return 0
+        try:
+            files = read_group_files(self.folder)
+        except (OSError, ValueError) as error:
+            findings.add(Finding("file", f"cannot be used: {printable(str(error))}", GROUP_FILES))
+            return 0
+        total = 0
+        for size, losses in group_losses(self.folder, files, every_byte=self.level != "quick"):
+            total += size
+            for loss in losses:
+                text = f"{printable(loss.name)}: {loss.text}"
+                findings.add(Finding("shard", text, GROUP, expected=loss.expected, actual=loss.actual))
+        if group_digest(files) != self.manifest.shards[0].sha256:
+            findings.add(Finding("file", "its files are not those of the manifest", GROUP_FILES))
+        return total
+
     def _check_shards(self, places: ClipPlaces, findings: Findings) -> int:
         own, tick, total = threading.local(), self._tick(), 0
 
@@ -114,7 +154,7 @@ class _Check:
                 own.reader = SpanReader()
             return ShardCheck(places, shard, own.reader, tick).run(self.level)
 
-        shards = range(len(self.manifest.shards) if self.manifest.container == "tar" else 0)
+        shards = range(len(self.manifest.shards))
         with ThreadPoolExecutor(self.workers) as threads:
             for done in threads.map(check, shards):
                 findings.merge(done.findings)

@@ -32,6 +32,15 @@ _FIRST_NOT_FINITE = {
 }
 """Bits of the smallest positive pattern that is no finite number; all above it are none either."""
 
+LARGEST = 1e17
+"""Of features: the squares of a few hundred such numbers still have a sum in float32."""
+
+_FIRST_TOO_LARGE = {
+    "float64": int(np.float64(LARGEST).view(np.uint64)) + 1,
+    "float32": int(np.float32(LARGEST).view(np.uint32)) + 1,
+    "bfloat16": (int(np.float32(LARGEST).view(np.uint32)) >> 16) + 1,
+}
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -59,7 +68,24 @@ def all_finite(values: np.ndarray, name: str) -> bool:
         name: Of their type; integers other than fp8 are always finite.
     """
     limit = _FIRST_NOT_FINITE.get(name)
-    if limit is None or values.size == 0:
+    return limit is None or _bits_below(values, limit)
+
+
+def all_below(values: np.ndarray, name: str) -> bool:
+    """Return whether all magnitudes of an array are finite and at most `LARGEST`.
+
+    Args:
+        values: As for `all_finite`.
+        name: Of their type; of integers only those of 64 bits may be larger.
+    """
+    if name in ("int64", "uint64"):
+        return values.size == 0 or (float(values.max()) <= LARGEST and float(values.min()) >= -LARGEST)
+    limit = _FIRST_TOO_LARGE.get(name)
+    return all_finite(values, name) if limit is None else _bits_below(values, limit)
+
+
+def _bits_below(values: np.ndarray, limit: int) -> bool:
+    if values.size == 0:
         return True
     flat, size = values.reshape(-1), values.dtype.itemsize
     sign = 1 << (8 * size - 1)
@@ -101,6 +127,12 @@ def as_float32(values: np.ndarray, name: str, scale: np.ndarray | None = None) -
     """
     numbers = tensor(values, name).float()
     return numbers if scale is None else numbers * tensor(scale, "float32")
+
+
+def as_float64(values: np.ndarray, name: str, scale: np.ndarray | None = None) -> Float[Tensor, ...]:
+    """Return the same as f64, for types that f32 does not hold."""
+    numbers = tensor(values, name).double()
+    return numbers if scale is None else numbers * tensor(scale, "float32").double()
 
 
 def converted(values: np.ndarray, scale: np.ndarray | None, source: str, target: str) -> Converted:

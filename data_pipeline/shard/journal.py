@@ -19,7 +19,8 @@ from data_pipeline.cache import write_bytes
 from data_pipeline.dataset.index import Row
 from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER
 from data_pipeline.errors import DataError, Problem
-from data_pipeline.shard.plan import PLAN_FORMAT, Plan
+from data_pipeline.schema import FIELDS
+from data_pipeline.shard.plan import PLAN_FORMAT, SHARD_STEM, Plan, plan_digest
 from data_pipeline.shard.statistics import npz_bytes
 from data_pipeline.shard.tar import Payload
 from data_pipeline.sources.base import SkippedClip
@@ -66,6 +67,7 @@ class WrittenClip:
         split: train or heldout.
         length: Stored frames.
         rows: Recorded rows of actions.
+        phase: See `PlannedClip`; the same clip is judged and summarised by the same tokens when it is written again.
         fields: Offset, bytes and checksum of each.
         frames: Checksum of each frame's features.
     """
@@ -75,6 +77,7 @@ class WrittenClip:
     split: str
     length: int
     rows: int
+    phase: int
     fields: dict[str, tuple[int, int, int]]
     frames: tuple[int, ...]
 
@@ -130,10 +133,10 @@ def write_plan(out: Path, plan: Plan) -> None:
 
 
 def read_plan(out: Path) -> Plan:
-    """Read plan.json.
+    """Read plan.json, which may be somebody else's: names in it become paths.
 
     Raises:
-        DataError: It is not there, not readable, or of another version.
+        DataError: It is not there, not readable, of another version, not as it was written, or has impossible names.
     """
     path = out / PLAN_FILE
     fix = "remove the unfinished data set and run `hopescale data shard` again"
@@ -145,24 +148,39 @@ def read_plan(out: Path) -> Plan:
         version = document.get("format") if isinstance(document, dict) else None
         if version != PLAN_FORMAT:
             raise DataError(Problem("out", path, f"is of format {version}; this release reads {PLAN_FORMAT}", fix))
-        return _PLAN.validate_python(document)
-    except (ValidationError, ValueError) as error:
+        plan = _PLAN.validate_python(document)
+    except (ValidationError, ValueError, RecursionError) as error:
         raise DataError(Problem("out", path, f"not readable as a plan ({error})", fix)) from error
+    if wrong := [repr(shard.name[:80]) for shard in plan.shards if not SHARD_STEM.fullmatch(shard.name)]:
+        raise DataError(Problem("out", path, f"{wrong[0]} is no name of a shard", fix))
+    if wrong := [repr(name[:80]) for name in plan.fields if name not in FIELDS]:
+        raise DataError(Problem("out", path, f"{wrong[0]} is no field of a clip", fix))
+    if plan_digest(plan) != plan.digest:
+        raise DataError(Problem("out", path, "was changed after it was written: its digest is another one", fix))
+    return plan
 
 
 def write_record(out: Path, record: ShardRecord, statistics: Mapping[str, np.ndarray]) -> None:
     """Write a shard's statistics, then its record: from then on the shard counts as finished."""
     folder = out / JOURNAL_FOLDER
     write_bytes(folder / f"{record.name}.npz", npz_bytes(statistics))
-    write_bytes(folder / f"{record.name}.json", (json.dumps(asdict(record), separators=(",", ":")) + "\n").encode())
+    rewrite_record(out, record)
+
+
+def rewrite_record(out: Path, record: ShardRecord) -> None:
+    """Write a record, or another one in its place, and leave the statistics alone."""
+    text = json.dumps(asdict(record), separators=(",", ":")) + "\n"
+    write_bytes(out / JOURNAL_FOLDER / f"{record.name}.json", text.encode())
 
 
 def read_record(out: Path, name: str) -> ShardRecord | None:
-    """Return the record of a shard, or None if there is none that can be read."""
+    """Return the record of a shard, or None if there is none that can be read and speaks of this shard."""
     try:
-        return _RECORD.validate_json((out / JOURNAL_FOLDER / f"{name}.json").read_bytes())
+        record = _RECORD.validate_json((out / JOURNAL_FOLDER / f"{name}.json").read_bytes())
     except (OSError, ValidationError):
         return None
+    inside = all(not path.startswith("/") and ".." not in path.split("/") for path in record.files)
+    return record if record.name == name and inside else None
 
 
 def read_statistics(out: Path, name: str) -> dict[str, np.ndarray]:

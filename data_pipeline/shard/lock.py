@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import socket
 import time
@@ -16,9 +17,12 @@ from pathlib import Path
 
 from data_pipeline.errors import DataError, Problem
 
+PLAN_LOCK = ".sharder-plan.lock"
 _NAME = re.compile(r"\.sharder-([0-9]+)-of-([0-9]+)\.lock")
 _ORPHAN_SECONDS = 10.0
 _WAIT_SECONDS = 60.0
+_UNNAMED_SECONDS = 2.0
+_PROBE_SECONDS = 0.02
 
 
 def is_lock(name: str) -> bool:
@@ -71,14 +75,17 @@ class PartLock:
 
     def _check_others(self, out: Path) -> None:
         # Ours is held before we look: of two that start at once, at least one sees the other.
-        for path in sorted(out.glob(".sharder-*.lock")):
-            if path == self.path or not _overlap(path.name, self.path.name):
-                continue
-            descriptor = _taken(path)
-            if descriptor is None:
+        others = [path for path in out.glob(".sharder-*.lock") if path != self.path]
+        others = sorted(path for path in others if _overlap(path.name, self.path.name))
+        for path in others:
+            _wait_for_orphans(path)
+            if _is_held(path):
                 raise _busy(path, self._part)
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+        number, parts = self._part.split("/")
+        if int(number) == 0 and int(parts) == 1:
+            # Whoever holds everything is in nobody's way: any other part would be refused because of it anyhow.
+            for path in others:
+                remove_unheld(path)
 
     def __enter__(self) -> PartLock:
         return self
@@ -108,30 +115,77 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 def _taken(path: Path) -> int | None:
     """Return the descriptor of a lock, or None if somebody holds it; workers of a dead sharder get a moment to end."""
-    started = time.monotonic()
     while (descriptor := _locked(path)) is None:
-        if not _holder_is_dead(path) or time.monotonic() - started > _ORPHAN_SECONDS:
+        _wait_for_orphans(path)
+        if _is_held(path):
             return None
-        time.sleep(0.05)
+        # Somebody merely looked at it; of several who look, no two shall do it in step.
+        time.sleep(_PROBE_SECONDS * (0.5 + random.random()))
     return descriptor
+
+
+def _wait_for_orphans(path: Path) -> None:
+    """Wait while workers of a dead sharder hold a lock, or somebody who has not written a name into it yet."""
+    started = time.monotonic()
+    while _is_held(path):
+        waited = time.monotonic() - started
+        limit = _ORPHAN_SECONDS if _holder_is_dead(path) else 0.0 if _holder(path) else _UNNAMED_SECONDS
+        if waited >= limit:
+            return
+        time.sleep(_PROBE_SECONDS)
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether somebody holds a lock; looking neither makes the file nor keeps out others who look."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _flock(descriptor, fcntl.LOCK_SH, path)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unheld(path: Path) -> None:
+    """Remove what a killed sharder left."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if _flock(descriptor, fcntl.LOCK_EX, path) and _is_same(descriptor, path):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, kind: int, path: Path) -> bool:
+    """Return whether a lock was to be had at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        rule = f"the file system offers no locks ({error.strerror})"
+        fix = "mount it with locks (Lustre: flock), or write to another one"
+        raise DataError(Problem("out", path.parent, rule, fix)) from error
+    return True
 
 
 def _locked(path: Path) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        taken = False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if not _flock(descriptor, fcntl.LOCK_EX, path):
                 return None
-            rule = f"the file system offers no locks ({error.strerror})"
-            fix = "mount it with locks (Lustre: flock), or write to another one"
-            raise DataError(Problem("out", path.parent, rule, fix)) from error
-        if _is_same(descriptor, path):
-            return descriptor
-        # Its last holder removed the file between our opening and locking it.
-        os.close(descriptor)
+            if taken := _is_same(descriptor, path):
+                return descriptor
+        finally:
+            # If it is not the same, its last holder removed the file between our opening and locking it.
+            if not taken:
+                os.close(descriptor)
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

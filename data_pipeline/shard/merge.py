@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import numpy as np
 
 from data_pipeline.cache import write_json
 from data_pipeline.dataset.fingerprint import fingerprint
+from data_pipeline.dataset.group_files import GROUP, GROUP_FILES, group_digest, write_group_files
 from data_pipeline.dataset.index import IndexWriter, Row
 from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER, load_manifest, write_manifest
 from data_pipeline.errors import DataError, Problem
@@ -31,11 +31,11 @@ from data_pipeline.shard.journal import (
     remove_leftovers,
     remove_statistics,
 )
-from data_pipeline.shard.lock import PartLock
+from data_pipeline.shard.lock import PLAN_LOCK, PartLock, remove_unheld
 from data_pipeline.shard.plan import Plan
 from data_pipeline.shard.statistics import Summary, merged
 from data_pipeline.shard.worker import CONVERSION, writing
-from data_pipeline.shard.zarr_output import GROUP, write_group
+from data_pipeline.shard.zarr_output import write_group
 
 _AGAIN = "run `hopescale data shard` for the missing parts, with the settings of the others"
 
@@ -63,8 +63,10 @@ def merge(out: Path) -> Manifest:
 
 def merge_plan(out: Path, plan: Plan) -> Manifest:
     """Do what `merge` does, for whoever holds the lock of the whole data set."""
+    remove_unheld(out / PLAN_LOCK)
     remove_leftovers(out, [shard.name for shard in plan.shards])
     records = _records(out, plan)
+    _check_limits(records)
     if not any(record.clips for record in records):
         skipped = next(record.skipped[0] for record in records if record.skipped)
         rule = f"every clip was left out; {skipped.key}: {skipped.reason}"
@@ -76,6 +78,8 @@ def merge_plan(out: Path, plan: Plan) -> Manifest:
         for row in rows:
             index.add(row)
         files = index.write(out)
+        if plan.settings.format == "zarr":
+            files[GROUP_FILES] = file_sha256(out / GROUP_FILES)
         summary, deviation = _statistics(out, records)
         files |= summary.write(out, plan.partitions)
         conversion = _conversion(plan, deviation)
@@ -96,6 +100,17 @@ def _records(out: Path, plan: Plan) -> list[ShardRecord]:
     return records
 
 
+def _check_limits(records: Sequence[ShardRecord]) -> None:
+    """Refuse parts made with different limits, unless the strictest of them would have given the same."""
+    limits = {record.max_error: record.name for record in records}
+    strictest = min(limits, default=0.0)
+    if len(limits) > 1 and any(record.skipped or record.worst_error > strictest for record in records):
+        rule = "the parts were made with different limits: " + ", ".join(
+            f"{name} with max_error={limit:g}" for limit, name in sorted(limits.items())[:3]
+        )
+        raise DataError(Problem("max_error", strictest, rule, "run all parts again with the same max_error"))
+
+
 def _rows(plan: Plan, records: Sequence[ShardRecord]) -> list[Row]:
     """Return the index. Shards without any clip have no number, and a zarr group is one shard."""
     rows: list[Row] = []
@@ -114,15 +129,10 @@ def _entries(out: Path, plan: Plan, records: Sequence[ShardRecord]) -> tuple[Sha
             for name, file in record.files.items()
         )
     write_group(out, plan, dict(_by_array_row(plan, records)))
-    written = {name: file.sha256 for record in records for name, file in record.files.items()}
-    folder, size = out / SHARD_FOLDER, 0
-    digest = hashlib.sha256()
-    for path in sorted((folder / GROUP).rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            size += path.stat().st_size
-            digest.update(f"{name} {written.get(name) or file_sha256(path)}\n".encode())
-    return (ShardEntry(GROUP, size, sum(len(record.clips) for record in records), digest.hexdigest()),)
+    written = {name: file for record in records for name, file in record.files.items()}
+    content = write_group_files(out, {name: (file.bytes, file.sha256) for name, file in written.items()})
+    size = sum(each.bytes for each in content)
+    return (ShardEntry(GROUP, size, sum(len(record.clips) for record in records), group_digest(content)),)
 
 
 def _by_array_row(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, WrittenClip]]:
@@ -171,12 +181,14 @@ def _write_report(out: Path, plan: Plan, records: Sequence[ShardRecord], convers
         for name, one in record.rounded.items():
             rounded[name] = rounded.get(name, Rounding()).plus(one)
     skipped = [*plan.bad, *(clip for record in records for clip in record.skipped)]
-    notes = [
-        f"{name}: {plan.fields[name].source} was stored as float32; {one.changed} of {one.values} values changed, "
-        f"by {one.largest:.2g} of their size at most"
-        for name, one in sorted(rounded.items())
-        if one.changed
-    ]
+    notes = []
+    for name, planned in sorted(plan.fields.items()):
+        if name == "features" or planned.source in ("", planned.stored):
+            continue
+        one = rounded.get(name, Rounding())
+        size = f", by {one.largest:.2g} of their size at most" if one.changed else ""
+        count = f"{one.changed} of {one.values} values changed" if one.values else "no value changed"
+        notes.append(f"{name}: {planned.source} was stored as {planned.stored}; {count}{size}")
     if conversion is not None:
         notes.append(
             f"features: {conversion.from_dtype} was stored as {conversion.to_dtype}; relative error "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 
 from data_pipeline.alignment import ActionAlignment, rows_needed
 from data_pipeline.checksum import ChecksumName, best_checksum
+from data_pipeline.dataset.manifest import MAX_MANIFEST
 from data_pipeline.dtypes import SCALED, STORED_TYPES
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.order import ceil_div, mix64, uid
@@ -23,7 +25,9 @@ from data_pipeline.shard.statistics import SAMPLE_EVERY
 from data_pipeline.shard.tar import KEY_RULE, is_valid_key
 from data_pipeline.sources.base import Listing, SkippedClip, SourceClip, SourceProvenance
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
+"""Of plan.json and of the journal beside it."""
+
 SHARD_VERSION = 2
 """Counted up when the same plan would give other bytes."""
 
@@ -34,6 +38,13 @@ SMALL_SOURCE = 256 << 20
 StatisticsMode = Literal["auto", "all", "sample"]
 Container = Literal["tar", "zarr"]
 OnError = Literal["fail", "skip"]
+SHARD_STEM = re.compile(r"(train|heldout|clips)-[0-9]{6,12}")
+"""Names of shards, without a suffix."""
+
+ENTRY_BYTES = 192
+"""Most bytes that one shard takes in manifest.json."""
+
+_ENTRIES_BYTES = MAX_MANIFEST - (16 << 20)
 _MAX_SHOWN = 20
 _MAX_PARTITIONS = 1 << 15
 
@@ -207,6 +218,7 @@ def make_plan(
     fields = _fields(clips[0], settings.dtype)
     settings = _resolved(settings, clips, fields)
     names, ordered = _shards(clips, settings)
+    _check_size(len(names) * (1 if settings.format == "tar" else len(fields)), len(clips), settings)
     partitions = tuple(dict.fromkeys(clip.partition for clip in clips))
     if len(partitions) > _MAX_PARTITIONS:
         raise DataError(Problem("source", len(partitions), f"has more than {_MAX_PARTITIONS} partitions", "merge some"))
@@ -232,7 +244,7 @@ def make_plan(
         shards=tuple(PlannedShard(name, len(some)) for name, some in zip(names, work, strict=True)),
         clips=tuple((each.clip.key, clip_digest(each.clip)) for some in work for each in some),
     )
-    return replace(plan, digest=_digest(plan)), work
+    return replace(plan, digest=plan_digest(plan)), work
 
 
 def clip_digest(clip: SourceClip) -> str:
@@ -413,6 +425,15 @@ def _shards(clips: Sequence[SourceClip], settings: ShardSettings) -> tuple[list[
     return names, shards
 
 
+def _check_size(entries: int, clips: int, settings: ShardSettings) -> None:
+    """Refuse more shards than the list of them may have bytes, before hours of work end in one nobody reads."""
+    most = _ENTRIES_BYTES // ENTRY_BYTES
+    if entries > most:
+        rule = f"{clips} clips make {entries} files, and a manifest has room for {most}"
+        fix = f"set clips_per_shard to {ceil_div(settings.clips_per_shard * entries, most)} or more"
+        raise DataError(Problem("clips_per_shard", settings.clips_per_shard, rule, fix))
+
+
 def shuffled(clips: Sequence[SourceClip], seed: int) -> list[SourceClip]:
     """Return clips in the order they are sharded in."""
     # By key first: the source's own order must not leak in through equal hashes.
@@ -449,8 +470,8 @@ def _provenance(source: SourceProvenance, kind: str, tokens: int) -> Provenance:
     )
 
 
-def _digest(plan: Plan) -> str:
-    """Over what decides bytes: not where the source lies, nor what was left out."""
+def plan_digest(plan: Plan) -> str:
+    """Return a sha256 over what decides bytes: not where the source lies, nor what was left out."""
     parts = asdict(replace(plan, clips=()))
     for name in ("digest", "source", "bad"):
         del parts[name]

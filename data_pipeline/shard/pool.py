@@ -19,6 +19,7 @@ from data_pipeline.shard.journal import ShardRecord
 from data_pipeline.shard.lock import PartLock
 from data_pipeline.shard.plan import PlannedClip
 from data_pipeline.shard.worker import Job, write_shard
+from data_pipeline.sources.base import SkippedClip
 
 
 class Finished(NamedTuple):
@@ -26,12 +27,12 @@ class Finished(NamedTuple):
 
     num_clips: int
     num_bytes: int
-    num_skipped: int
+    skipped: tuple[SkippedClip, ...]
 
     @classmethod
     def of(cls, record: ShardRecord) -> Finished:
         """Return it from the record."""
-        return cls(len(record.clips), record.num_bytes, len(record.skipped))
+        return cls(len(record.clips), record.num_bytes, record.skipped)
 
 
 Task = tuple[int, Sequence[PlannedClip]]

@@ -23,7 +23,7 @@ from data_pipeline.cache import write_bytes
 from data_pipeline.dataset.index import save_array
 from data_pipeline.dataset.manifest import MEAN_FRAME_FILE, STATISTICS_FILE
 from data_pipeline.order import mix64
-from data_pipeline.shard.convert import as_float32, layer_norm, tensor
+from data_pipeline.shard.convert import as_float32, as_float64, layer_norm, tensor
 
 SAMPLE_EVERY = 8
 """A sample holds one of so many (frame, token) pairs."""
@@ -125,7 +125,13 @@ def token_groups(tokens: int, every: int) -> list[NDArray[np.int64]]:
 
 
 def sampled(
-    features: np.ndarray, name: str, scale: np.ndarray | None, groups: Sequence[NDArray[np.int64]], phase: int
+    features: np.ndarray,
+    name: str,
+    scale: np.ndarray | None,
+    groups: Sequence[NDArray[np.int64]],
+    phase: int,
+    *,
+    wide: bool = False,
 ) -> Float[Tensor, "n E"]:
     """Return the sampled tokens of a clip as f32, frame after frame.
 
@@ -135,13 +141,15 @@ def sampled(
         scale: f32 `[E]` of int8.
         groups: Of `token_groups`.
         phase: Group of the first frame.
+        wide: Return f64 instead, for types that f32 does not hold.
     """
+    read = as_float64 if wide else as_float32
     if len(groups) == 1:
-        return as_float32(features.reshape(-1, features.shape[-1]), name, scale)
+        return read(features.reshape(-1, features.shape[-1]), name, scale)
     frames = tensor(features.view(f"i{features.dtype.itemsize}"), "")
     picks = [torch.from_numpy(groups[(phase + place) % len(groups)]) for place in range(len(frames))]
     rows = torch.cat([frame.index_select(0, pick) for frame, pick in zip(frames, picks, strict=True)])
-    return as_float32(rows.numpy().view(features.dtype), name, scale)
+    return read(rows.numpy().view(features.dtype), name, scale)
 
 
 def frame_blocks(shape: Sequence[int], every: int) -> Iterator[tuple[int, int]]:

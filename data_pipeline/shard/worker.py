@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from data_pipeline.dataset.manifest import SHARD_FOLDER
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.shard.convert import (
+    LARGEST,
     Converted,
     Deviation,
+    all_below,
     all_finite,
     as_float32,
     converted,
@@ -32,6 +35,23 @@ from data_pipeline.shard.zarr_output import ZarrShardWriter
 from data_pipeline.sources.base import SkippedClip, Source, SourceClip
 
 CONVERSION = "conversion"
+_DISK_ERRORS = {
+    errno.EIO,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
 _FIX = "repair the clip, or leave such clips out with on_error=skip"
 
 
@@ -44,7 +64,8 @@ class Job:
         out: Folder of the data set.
         plan: Of the data set; its list of clips is not needed here.
         on_error: fail ends the run at a clip that cannot be used, skip leaves it out.
-        max_error: Largest relative error that a conversion of the features may make in a clip.
+        max_error: Largest relative error that a conversion of the features may make in a clip, over the tokens that the
+            plan's statistics take.
     """
 
     source: Source
@@ -86,7 +107,7 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
             try:
                 ready = _prepared(job, planned, groups, deviation)
             except DataError as error:
-                if job.on_error == "fail":
+                if job.on_error == "fail" or _is_of_the_disk(error):
                     raise
                 reason = "; ".join(problem.rule for problem in error.problems)
                 skipped.append(SkippedClip(planned.clip.key, planned.clip.where, reason))
@@ -120,8 +141,18 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
 
 
 def error_of(deviation: Deviation) -> float:
-    """Return the error that `max_error` limits: before or after LayerNorm, whichever is larger."""
-    return max(deviation.relative_rmse, deviation.relative_rmse_normalised)
+    """Return the error that `max_error` limits: before or after LayerNorm, whichever is larger; infinite if unknown."""
+    error = np.max([deviation.relative_rmse, deviation.relative_rmse_normalised])
+    return float(error) if np.isfinite(error) else math.inf
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Return whether an error comes from a disk or a network that gives out, and says nothing about the clip."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextmanager
@@ -204,6 +235,7 @@ def _written(planned: PlannedClip, arrays: Mapping[str, np.ndarray], payloads: M
         split=planned.clip.split or "train",
         length=planned.clip.length,
         rows=len(arrays["actions"]),
+        phase=planned.phase,
         fields={name: (place.offset, place.nbytes, place.checksum) for name, place in payloads.items()},
         frames=payloads["features"].frame_checksums,
     )
@@ -216,9 +248,14 @@ def _prepared(job: Job, planned: PlannedClip, groups: list[np.ndarray], total: D
         if name not in read or read[name].shape != spec.shape or read[name].dtype != _numpy_type(spec.dtype):
             found = f"{read[name].dtype} {list(read[name].shape)}" if name in read else "nothing"
             raise _unusable(clip, f"{name} was listed as {spec.dtype} {list(spec.shape)} and read as {found}")
-        if not all_finite(read[name], spec.dtype):
-            place, value = first_not_finite(read[name], spec.dtype)
-            raise _unusable(clip, f"{name} holds {value} at {list(place)}: all values must be finite")
+        normalised = name.startswith("features")
+        if all_below(read[name], spec.dtype) if normalised else all_finite(read[name], spec.dtype):
+            continue
+        if all_finite(read[name], spec.dtype):
+            rule = f"{name} holds numbers beyond {LARGEST:g}, whose squares float32 cannot add up"
+            raise _unusable(clip, f"{rule}: neither LayerNorm nor the statistics would be finite")
+        place, value = first_not_finite(read[name], spec.dtype)
+        raise _unusable(clip, f"{name} holds {value} at {list(place)}: all values must be finite")
     arrays: dict[str, np.ndarray] = {}
     rounding: dict[str, Rounding] = {}
     for name, planned_field in fields.items():
@@ -243,7 +280,8 @@ def _prepared(job: Job, planned: PlannedClip, groups: list[np.ndarray], total: D
         rule = (
             f"storing its features as {features.stored} changes them by {error:.3g} of their size, more than max_error"
         )
-        raise _unusable(clip, f"{rule}={job.max_error:g}", "set another dtype, or raise max_error")
+        over = "" if len(groups) == 1 else f" (over one of {len(groups)} tokens)"
+        raise _unusable(clip, f"{rule}={job.max_error:g}{over}", "set another dtype, or raise max_error")
     arrays |= {"features": result.values} | ({} if result.scale is None else {"features_scale": result.scale})
     return _Prepared(arrays, rounding, deviation)
 
@@ -257,10 +295,10 @@ def _deviation(
     groups: list[np.ndarray],
     phase: int,
 ) -> Deviation:
-    deviation = Deviation()
+    deviation, wide = Deviation(), source not in STORED_TYPES
     for first, end in frame_blocks(values.shape, len(groups)):
-        before = sampled(values[first:end], source, scale, groups, phase + first)
-        after = sampled(result.values[first:end], stored, result.scale, groups, phase + first)
+        before = sampled(values[first:end], source, scale, groups, phase + first, wide=wide)
+        after = sampled(result.values[first:end], stored, result.scale, groups, phase + first, wide=wide)
         if len(before):
             deviation.add(before, after)
     return deviation

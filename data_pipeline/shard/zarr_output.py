@@ -8,6 +8,7 @@ zarr's.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.cache import sync_folder
 from data_pipeline.checksum import ChecksumName, checksum_function
+from data_pipeline.dataset.group_files import GROUP
 from data_pipeline.dataset.manifest import SHARD_FOLDER
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import missing_extra
@@ -25,11 +28,9 @@ from data_pipeline.shard.plan import Plan
 from data_pipeline.shard.stream import HashedFile
 from data_pipeline.shard.tar import Payload, measured
 
-GROUP = "clips.zarr"
-ROW_ARRAYS = ("key", "length", "partition", "rows", "split")
-"""Arrays beside the fields: key, stored frames, partition number, recorded rows of actions and split number."""
-
 _ABSENT = (1 << 64) - 1
+_EVERY_CHUNK = {"write_empty_chunks": True}
+"""So that a chunk that is not there is a chunk that was lost."""
 
 
 def array_shape(plan: Plan, name: str) -> tuple[int, ...]:
@@ -106,7 +107,7 @@ class ZarrShardWriter:
 
 
 def write_group(out: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None:
-    """Write the metadata of the group and its small arrays.
+    """Write the metadata of the group and its small arrays, and make all of it safe against a power cut.
 
     Args:
         out: Folder of the data set.
@@ -116,10 +117,36 @@ def write_group(out: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None
     Raises:
         MissingExtra: zarr is not installed.
     """
-    zarr = _zarr()
     folder, temporary = out / SHARD_FOLDER / GROUP, out / SHARD_FOLDER / f"{GROUP}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    group = zarr.open_group(temporary, mode="w", zarr_format=3)
+    try:
+        _write_small(_zarr(), temporary, plan, clips)
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sync_file(path)
+                path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    # From the bottom up, so that what has a name is there: chunks were written into folders nobody has synced yet.
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_small(zarr: Any, folder: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None:
+    group = zarr.open_group(folder, mode="w", zarr_format=3)
     group.attrs.update(
         {
             "partitions": list(plan.partitions),
@@ -156,14 +183,8 @@ def write_group(out: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None
         columns["length"][row], columns["rows"][row] = clip.length, clip.rows
         columns["partition"][row], columns["split"][row] = clip.partition, SPLITS.index(clip.split)
     for name, column in columns.items():
-        group.create_array(name, data=column, chunks=(rows,), compressors=None)
-    group.create_array("key", shape=(rows,), chunks=(rows,), dtype=str, compressors=None)[:] = keys
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    shutil.rmtree(temporary)
+        group.create_array(name, data=column, chunks=(rows,), compressors=None, config=_EVERY_CHUNK)
+    group.create_array("key", shape=(rows,), chunks=(rows,), dtype=str, compressors=None, config=_EVERY_CHUNK)[:] = keys
 
 
 def require_zarr() -> None:

@@ -444,3 +444,12 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     finally:
         os.close(descriptor)
     assert index_tars(tmp_path).num_clips == 1
+
+
+@pytest.mark.parametrize("name", ["a/b/c.tar", "a/b.tar.zst", "a/B.TAR"])
+def test_tars_below_the_folder_are_not_left_out_silently(tmp_path: Path, name: str) -> None:
+    _write_tar(tmp_path / "x.tar", {"x": _sample(0)})
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=name):
+        index_tars(tmp_path)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,3 +98,57 @@ def test_unknown_keys_and_truncated_shards_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         dataset.array(row, "features")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("features_nbytes", 1 << 60, "the index cannot be trusted"),
+        ("features_nbytes", -5, "the index cannot be trusted"),
+        ("partition", 900, "it must be 0 to"),
+        ("shard", 77, "it must be 0 to"),
+        ("rows", -1, "the index cannot be trusted"),
+    ],
+)
+def test_numbers_of_a_hostile_index_are_not_used(tmp_path: Path, column: str, value: int, expected: str) -> None:
+    write_dataset(tmp_path)
+    path = tmp_path / "index" / f"{column}.npy"
+    array = np.load(path)
+    array[3] = value
+    np.save(path, array)
+    document = json.loads((tmp_path / "manifest.json").read_text())
+    document["files"][f"index/{column}.npy"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    document.pop("digest", None)
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=expected):
+        InspectedDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"channel_mean": np.zeros((3, 3))}, "channel_mean has the shape"),
+        ({"channel_absmax": np.zeros(0)}, "channel_absmax has the shape"),
+        ({"actions_count": np.zeros(0, np.int64)}, "actions_count has the shape"),
+        ({"actions_mean": np.array(["x"])}, "its type"),
+    ],
+)
+def test_hostile_statistics_are_named(tmp_path: Path, change: dict[str, np.ndarray], expected: str) -> None:
+    write_dataset(tmp_path)
+    dataset = InspectedDataset(tmp_path)
+    with np.load(tmp_path / "stats.npz") as stored:
+        arrays: Any = {**stored, **change}
+    np.savez(tmp_path / "stats.npz", **arrays)
+    with pytest.raises(DataError, match=expected):
+        describe(dataset)
+    (tmp_path / "stats.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match="the statistics cannot be used"):
+        describe(dataset)
+
+
+def test_statistics_of_rows_without_their_number_are_left_out(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    with np.load(tmp_path / "stats.npz") as stored:
+        arrays: Any = {name: array for name, array in stored.items() if name != "actions_count"}
+    np.savez(tmp_path / "stats.npz", **arrays)
+    assert "actions" not in describe(InspectedDataset(tmp_path))["statistics"]

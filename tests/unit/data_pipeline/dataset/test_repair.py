@@ -11,6 +11,7 @@ from data_pipeline.dataset.index_tars import index_tars
 from data_pipeline.dataset.manifest import load_manifest
 from data_pipeline.dataset.repair import repair
 from data_pipeline.dataset.verify import verify
+from data_pipeline.errors import DataError
 from data_pipeline.shard import shard
 from tests.feature_folders import write_features
 from tests.small_dataset import write_dataset
@@ -62,7 +63,7 @@ def test_a_damaged_shard_is_made_again_from_its_source(made: tuple[Path, Path], 
     damage, level = DAMAGE[kind]
     names = [entry.name for entry in load_manifest(copy).shards[:2]]
     damage(copy / "shards" / names[0])
-    report = verify(copy, level=level, repair=True)  # pyright: ignore[reportArgumentType]
+    report = verify(copy, level=level, repair=True, source=made[0])  # pyright: ignore[reportArgumentType]
     assert report.sound
     assert report.repaired == (names[0],)
     assert _content(copy) == _content(made[1])
@@ -76,7 +77,7 @@ def test_damaged_files_beside_the_shards_are_made_again_from_the_shards(made: tu
     (copy / "mean_frame.npy").write_bytes(b"")
     (copy / "keys.txt").write_bytes(b"x\n")
     _flip(copy / "shards" / "train-000001.tar", 30)
-    report = verify(copy, level="quick", repair=True)
+    report = verify(copy, level="quick", repair=True, source=made[0])
     files = {"index/uid.npy", "index/features_checksum.npy", "stats.npz", "mean_frame.npy", "keys.txt"}
     assert set(report.repaired) == {"train-000001.tar", *files}
     assert report.not_repaired == {}
@@ -94,7 +95,7 @@ def test_a_source_that_has_changed_does_not_replace_a_shard(tmp_path: Path) -> N
         with np.load(file) as stored:
             arrays = {key: stored[key] + 1 for key in stored}
         np.savez(file, **arrays)
-    report = verify(tmp_path / "out", repair=True)
+    report = verify(tmp_path / "out", repair=True, source=features)
     assert report.exit_code == 1
     assert "its sha256 differs from features.json" in report.not_repaired[name]
     assert _content(tmp_path / "out") == damaged
@@ -134,3 +135,27 @@ def test_a_shard_whose_bytes_are_as_they_were_written_is_left_alone(made: tuple[
     assert done.names == []
     assert "as they were written" in done.failed[manifest.shards[0].name]
     assert _content(copy) == _content(made[1])
+
+
+def test_what_a_killed_repair_left_is_removed_by_the_next(made: tuple[Path, Path], copy: Path) -> None:
+    (copy / ".repair-abc" / "shards").mkdir(parents=True)
+    (copy / ".repair-abc" / "shards" / "x.tar.tmp").write_bytes(b"half")
+    name = load_manifest(copy).shards[0].name
+    (copy / "shards" / name).unlink()
+    assert verify(copy, level="quick", repair=True, source=made[0]).sound
+    assert _content(copy) == _content(made[1])
+
+
+def test_a_quarantine_list_is_left_alone_when_the_index_could_not_be_trusted(copy: Path, tmp_path: Path) -> None:
+    skip = tmp_path / "skip.txt"
+    skip.write_text("known\n")
+    (copy / "keys.txt").write_bytes(b"x\n")
+    assert not verify(copy, quarantine=skip).sound
+    assert skip.read_text() == "known\n"
+
+
+def test_a_quarantine_list_that_cannot_be_written_is_named(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name a file in a folder that exists"):
+        verify(copy, level="quick", quarantine=tmp_path / "nowhere" / "skip.txt")
+    with pytest.raises(DataError, match="has no effect without --repair"):
+        verify(copy, level="quick", source=tmp_path)

@@ -291,7 +291,6 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "not readable as JSON"),
     "another format": (lambda folder: rewrite_manifest(folder, format=1), "reads format 2"),
     "no such shard name": (lambda folder: rewrite_manifest(folder, shard_folder=".."), "must be shards or ."),
-    "zarr": (lambda folder: rewrite_manifest(folder, container="zarr"), "use level=quick"),
 }
 
 

@@ -118,3 +118,9 @@ def test_the_last_line_is_json_when_wanted(features: Path, tmp_path: Path) -> No
     assert json.loads(done.stdout.splitlines()[-1])["clips"] == 28
     again = CliRunner().invoke(app, ["data", "merge", str(tmp_path)])
     assert f"{tmp_path}: 28 clips" in again.stdout
+
+
+@pytest.mark.parametrize("setting", ["part=0/1", "workers=2", "paranoid=true", "metrics_file=x.prom"])
+def test_a_dry_run_refuses_what_it_has_no_use_for(features: Path, tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting.partition('=')[0]}=.*has no effect with dry_run=true"):
+        shard_clips(str(features), tmp_path / "out", ["dry_run=true", setting], _bar)

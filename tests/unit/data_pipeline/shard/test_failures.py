@@ -8,17 +8,18 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_pipeline.dataset.index import Index
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Problem
 from data_pipeline.shard import shard
 from data_pipeline.shard.walk import open_regular, walk
-from data_pipeline.sources.base import SkippedClip
+from data_pipeline.sources.base import SkippedClip, SourceClip
 from data_pipeline.stats import SharderStats
 from tests.clip_sources import MemorySource, memory_source, with_arrays
 
@@ -56,7 +57,10 @@ def test_bad_clips_end_the_run_by_name_or_are_left_out_and_listed(tmp_path: Path
     assert any(text in str(caught.value) and key in str(caught.value) for key, text in reasons.items())
     assert _no_leftovers(tmp_path / "fail")
     seen: list[SharderStats] = []
-    manifest = shard(broken, tmp_path / "skip", clips_per_shard=4, on_error="skip", report=seen.append)
+    some: dict[str, Any] = {"clips_per_shard": 4, "on_error": "skip", "max_bad_fraction": 0.2}
+    with pytest.raises(DataError, match=r"cannot be used, e.g. .*allow it: max_bad_fraction="):
+        shard(broken, tmp_path / "few", clips_per_shard=4, on_error="skip")
+    manifest = shard(broken, tmp_path / "skip", **some, report=seen.append)
     assert manifest.num_clips == 16
     assert sum(sum(counts.values()) for counts in manifest.partitions.values()) == 16
     assert seen[-1].bad == 5
@@ -97,7 +101,7 @@ def test_a_shard_that_loses_all_its_clips_is_not_written(tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["train-000000.tar", "train-000001.tar"]
     none = replace(source, unreadable=frozenset(clip.key for clip in source.clips))
     with pytest.raises(DataError, match=r"every clip was left out; .*: the file ends too early"):
-        shard(none, tmp_path / "none", on_error="skip")
+        shard(none, tmp_path / "none", on_error="skip", max_bad_fraction=1)
 
 
 def test_numbers_a_type_cannot_hold_are_named(tmp_path: Path) -> None:
@@ -219,3 +223,103 @@ def test_a_disk_that_fills_up_beside_the_shards_is_named(
     assert _no_leftovers(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
     assert shard(source, tmp_path).num_clips == 8
+
+
+@dataclass
+class FailingDisk(MemorySource):
+    """Says for some clips what a disk says that gives out."""
+
+    number: int = errno.EIO
+
+    def read(self, clip: SourceClip) -> dict[str, np.ndarray]:
+        if clip.key in self.unreadable:
+            try:
+                raise OSError(self.number, os.strerror(self.number))
+            except OSError as error:
+                raise DataError(Problem("source", clip.key, "cannot be read", "look after the disk")) from error
+        return super().read(clip)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_a_disk_that_gives_out_is_no_bad_clip(tmp_path: Path, number: int) -> None:
+    plain = memory_source(20)
+    source = FailingDisk(plain.clips, plain.arrays, unreadable=frozenset({plain.clips[3].key}), number=number)
+    with pytest.raises(DataError, match="cannot be read"):
+        shard(source, tmp_path, clips_per_shard=4, on_error="skip", max_bad_fraction=1)
+    assert shard(plain, tmp_path, clips_per_shard=4).num_clips == 20
+
+
+def test_too_many_bad_clips_end_the_run_and_are_read_again_by_the_next(tmp_path: Path) -> None:
+    source = memory_source(40)
+    lost = replace(source, unreadable=frozenset(clip.key for clip in source.clips[:30]))
+    with pytest.raises(DataError, match=r"of 40 clips cannot be used.*the file ends too early.*max_bad_fraction="):
+        shard(lost, tmp_path, clips_per_shard=4, on_error="skip")
+    assert not (tmp_path / "manifest.json").exists()
+    assert shard(source, tmp_path, clips_per_shard=4, on_error="skip").num_clips == 40
+    listed = replace(source, bad=tuple(SkippedClip(f"z{i}", "row", "no header") for i in range(2)))
+    with pytest.raises(DataError, match="2 of 42 clips cannot be used"):
+        shard(listed, tmp_path / "listed", on_error="skip")
+
+
+def test_a_complete_data_set_with_other_limits_is_not_called_damaged(tmp_path: Path) -> None:
+    source = memory_source(20, dtype="float32")
+    lost = replace(source, unreadable=frozenset({source.clips[0].key}))
+    shard(lost, tmp_path, dtype="int8", on_error="skip")
+    assert shard(lost, tmp_path, dtype="int8", on_error="skip").num_clips == 19
+    others: list[dict[str, Any]] = [{"on_error": "fail"}, {"on_error": "skip", "max_error": 0.01}]
+    for settings in others:
+        with pytest.raises(DataError, match="was made with o") as caught:
+            shard(source, tmp_path, dtype="int8", **settings)
+        assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", 3e38), ("float32", -2e17), ("bfloat16", 3e38), ("int8", 1e20)]
+)
+def test_features_whose_statistics_would_not_be_finite_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
+    def large(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        values = random.normal(size=shape)
+        values[0, 0, 0] = value
+        return values
+
+    with pytest.raises(DataError, match="neither LayerNorm nor the statistics would be finite"):
+        shard(memory_source(4, dtype=dtype, values=large), tmp_path / "out")
+    fitting = memory_source(4, dtype=dtype, values=lambda random, shape: random.normal(size=shape) * 1e15)
+    shard(fitting, tmp_path / "fits")
+    with np.load(tmp_path / "fits" / "stats.npz") as stored:
+        assert all(np.isfinite(stored[name]).all() for name in stored if name != "partitions")
+    assert np.isfinite(np.load(tmp_path / "fits" / "mean_frame.npy")).all()
+
+
+def test_numbers_that_float32_rounds_to_nothing_are_an_error_of_the_conversion(tmp_path: Path) -> None:
+    def tiny(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return random.normal(size=shape) * 1e-50
+
+    with pytest.raises(DataError, match="changes them by 1 of their size"):
+        shard(memory_source(3, dtype="float64", values=tiny), tmp_path / "tiny", dtype="float32")
+    manifest = shard(memory_source(3, dtype="float64"), tmp_path / "out", dtype="float32")
+    assert manifest.conversion is not None
+    assert 1e-9 < manifest.conversion.relative_rmse < 1e-7
+
+
+def test_every_change_of_type_is_reported(tmp_path: Path) -> None:
+    shard(memory_source(3, action_dtype="int64"), tmp_path / "int")
+    (note,) = json.loads((tmp_path / "int" / "report.json").read_text())["notes"]
+    assert note.startswith("actions: int64 was stored as float32; 0 of ")
+    shard(memory_source(3, action_dtype="float16"), tmp_path / "half")
+    (note,) = json.loads((tmp_path / "half" / "report.json").read_text())["notes"]
+    assert note == "actions: float16 was stored as float32; no value changed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_error": 0.1}, "has no effect with dtype=keep"),
+        ({"max_bad_fraction": 0.5}, "has no effect with on_error=fail"),
+        ({"max_bad_fraction": 2.0, "on_error": "skip"}, "must be 0 to 1"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path: Path, settings: dict, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        shard(memory_source(3), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -84,12 +85,50 @@ def test_a_waiting_lock_is_taken_in_turn(tmp_path: Path) -> None:
     with waiting_lock(path):
         pid = os.fork()
         if pid == 0:
+            (tmp_path / "started").touch()
             with waiting_lock(path):
                 (tmp_path / "second").touch()
             os._exit(0)
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        # Longer than it takes to ask twice.
+        time.sleep(0.15)
         assert not (tmp_path / "second").exists()
     os.waitpid(pid, 0)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["second"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["second", "started"]
+
+
+def test_parts_that_start_at_once_beside_a_stale_lock_do_not_refuse_each_other(tmp_path: Path) -> None:
+    for _ in range(10):
+        (tmp_path / ".sharder-0-of-1.lock").write_text(json.dumps({"host": "gone", "pid": 1, "part": "0/1"}))
+        pids = []
+        for number in range(6):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    with PartLock(tmp_path, f"{number}/6"):
+                        time.sleep(0.02)
+                except BaseException:
+                    os._exit(9)
+                os._exit(0)
+            pids.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 6
+        assert [path.name for path in tmp_path.iterdir()] == [".sharder-0-of-1.lock"]
+
+
+def test_looking_at_a_lock_does_not_keep_its_owner_out(tmp_path: Path) -> None:
+    path = tmp_path / ".sharder-0-of-2.lock"
+    path.touch()
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        released = os.fork()
+        if released == 0:
+            time.sleep(0.2)
+            os._exit(0)
+    # The other process has inherited the shared lock, and looks for a moment longer.
+    with PartLock(tmp_path, "0/2"):
+        pass
+    os.waitpid(released, 0)
 
 
 def _finished_process() -> int:

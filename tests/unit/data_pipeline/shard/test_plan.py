@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.order import mix64, uid
+from data_pipeline.schema import ShardEntry
 from data_pipeline.shard.journal import read_plan, write_plan
 from data_pipeline.shard.plan import (
+    ENTRY_BYTES,
     Plan,
     ShardSettings,
     SourceRecord,
@@ -220,3 +223,15 @@ def test_settings_are_checked_together() -> None:
         ShardSettings(-1, -2, "float61", "some", "rar")  # pyright: ignore[reportArgumentType]
     assert len(caught.value.problems) == 5
     assert "did you mean float16?" in str(caught.value)
+
+
+def test_more_shards_than_a_manifest_can_list_are_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(json.dumps(asdict(ShardEntry("heldout-000000000000.tar", 1 << 61, 1 << 31, "0" * 64)), indent=3)) + 8 < (
+        ENTRY_BYTES
+    )
+    monkeypatch.setattr("data_pipeline.shard.plan._ENTRIES_BYTES", 10 * ENTRY_BYTES)
+    assert len(_plan(memory_source(20, heldout=0), clips_per_shard=2)[0].shards) == 10
+    with pytest.raises(DataError, match=r"clips_per_shard=1: 20 clips make 20 files.*clips_per_shard to 2 or more"):
+        _plan(memory_source(20, heldout=0), clips_per_shard=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.dataset.verify import verify
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Manifest
 from data_pipeline.shard import shard
 from data_pipeline.shard.journal import read_plan, read_record
 from data_pipeline.shard.merge import merge
 from data_pipeline.shard.plan import ShardSettings
-from data_pipeline.shard.run import RunSettings, open_clips, rebuild_shard, shard_part
+from data_pipeline.shard.run import RunSettings, open_clips, plan_shards, rebuild_shard, shard_part
 from data_pipeline.stats import SharderStats
 from tests.clip_sources import MemorySource, changed, memory_source
 from tests.feature_folders import write_features
@@ -79,7 +81,7 @@ def _killed(work: Callable[[], object], after: int) -> bool:
             return call
 
         writev = os.writev
-        for name in ("writev", "fsync", "rename", "unlink", "mkdir", "open"):
+        for name in ("writev", "fsync", "rename", "replace", "unlink", "mkdir", "open"):
             setattr(os, name, counted(getattr(os, name)))
         try:
             work()
@@ -94,7 +96,7 @@ def _killed(work: Callable[[], object], after: int) -> bool:
 def _check_killed_runs(source: MemorySource, whole: Path, tmp_path: Path, trials: int, seed: int) -> None:
     expected, random = _content(whole), np.random.default_rng(seed)
     shards = {name: sha256 for name, sha256 in expected.items() if name.startswith("shards/")}
-    total, died = 160, 0
+    total, died = 243, 0
     for trial in range(trials):
         out = tmp_path / str(trial)
         # Killed once, killed again while it goes on, then left alone.
@@ -124,10 +126,47 @@ def test_a_killed_zarr_run_goes_on_to_the_same_bytes(source: MemorySource, tmp_p
     pytest.importorskip("zarr")
     _make(source, tmp_path / "whole", format="zarr")
     expected = _content(tmp_path / "whole")
-    for after in (30, 75):
+    # Over all of a run: chunks, small arrays, their names, folders, index, and the manifest.
+    for after in (30, 120, 330, 520, 700, 760, 800):
         assert _killed(lambda after=after: _make(source, tmp_path / str(after), format="zarr"), after)
+        found = _content(tmp_path / str(after))
+        assert "manifest.json" not in found or found["manifest.json"] == expected["manifest.json"]
         _make(source, tmp_path / str(after), format="zarr")
         assert _content(tmp_path / str(after)) == expected
+
+
+def test_all_of_a_zarr_group_is_on_the_disk_before_the_manifest_is(
+    source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zarr")
+    fsync, synced = os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    _make(source, tmp_path, format="zarr")
+    before = set(synced[: synced.index((tmp_path / "manifest.json").stat().st_ino)])
+    for path in (tmp_path / "shards", *(tmp_path / "shards").rglob("*")):
+        assert path.stat().st_ino in before, path
+    assert not list((tmp_path / "shards").glob("*.tmp"))
+
+
+def test_a_group_that_cannot_be_written_leaves_no_half_of_it(
+    source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zarr = pytest.importorskip("zarr")
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Group, "create_array", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            _make(source, tmp_path, format="zarr")
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["clips.zarr"]
+    assert _make(source, tmp_path, format="zarr").num_clips == 16
 
 
 def test_finished_shards_are_not_written_again(source: MemorySource, whole: Path, tmp_path: Path) -> None:
@@ -248,14 +287,102 @@ def test_two_sharders_on_one_folder_are_told_of_each_other(source: MemorySource,
 def test_one_shard_can_be_written_again_from_its_source(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", states=True)
     shard(features, tmp_path / "out", clips_per_shard=4)
-    record = rebuild_shard(tmp_path / "out", "train-000002", tmp_path / "again")
+    record = rebuild_shard(tmp_path / "out", "train-000002", tmp_path / "again", features)
     assert record == read_record(tmp_path / "out", "train-000002")
     expected = (tmp_path / "out/shards/train-000002.tar").read_bytes()
     assert (tmp_path / "again/shards/train-000002.tar").read_bytes() == expected
     assert read_plan(tmp_path / "out").source.path == str(features)
     with pytest.raises(DataError, match="has no record of it"):
-        rebuild_shard(tmp_path / "out", "train-000099", tmp_path / "again")
+        rebuild_shard(tmp_path / "out", "train-000099", tmp_path / "again", features)
     clip = record.clips[0].key
     (features / clip.split("-")[0] / f"{clip}.npz").unlink()
     with pytest.raises(DataError, match=f"1 of its clips are gone or have changed in .*{clip}"):
-        rebuild_shard(tmp_path / "out", "train-000002", tmp_path / "again")
+        rebuild_shard(tmp_path / "out", "train-000002", tmp_path / "again", features)
+
+
+@pytest.mark.parametrize("kind", ["callable", "features"])
+def test_a_data_set_cannot_choose_what_is_run_or_read_when_a_shard_is_made_again(tmp_path: Path, kind: str) -> None:
+    features, canary, out = write_features(tmp_path / "features"), tmp_path / "canary", tmp_path / "out"
+    shard(features, out, clips_per_shard=4)
+    document = json.loads((out / "plan.json").read_text())
+    options = {"argument": f"touch {canary}"} if kind == "callable" else {}
+    document["source"] = {"kind": kind, "path": "os:system" if kind == "callable" else str(features), "settings": {}}
+    document["source"]["settings"] = {"options": options, "provenance": {}, "partitions": [], "split": None}
+    (out / "plan.json").write_text(json.dumps(document))
+    given = features if kind == "callable" else None
+    with pytest.raises(DataError, match=r"none is run because a data set says so|name the source yourself"):
+        rebuild_shard(out, "train-000000", tmp_path / "again", given)
+    (out / "shards" / "train-000000.tar").unlink()
+    assert not verify(out, level="quick", repair=True, source=given).sound
+    assert not canary.exists()
+
+
+def test_a_source_that_has_moved_makes_a_shard_again(tmp_path: Path) -> None:
+    features = write_features(tmp_path / "features")
+    shard(features, tmp_path / "out", clips_per_shard=4)
+    features.rename(tmp_path / "moved")
+    (tmp_path / "out/shards/train-000000.tar").unlink()
+    assert verify(tmp_path / "out", level="quick", repair=True, source=tmp_path / "moved").sound
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda plan: plan["shards"][0].update(name="../../../victim/results"), "is no name of a shard"),
+        (lambda plan: plan["shards"][0].update(name="train-000000\n"), "is no name of a shard"),
+        (lambda plan: plan.update(fields={"../x": plan["fields"]["features"]}), "is no field of a clip"),
+        (lambda plan: plan["settings"].update(seed=9), "was changed after it was written"),
+        (lambda plan: plan["clips"].pop(), "was changed after it was written"),
+    ],
+)
+def test_a_plan_of_unknown_origin_names_no_other_files(
+    source: MemorySource, tmp_path: Path, change: Callable[[dict], object], expected: str
+) -> None:
+    out, victim = tmp_path / "a" / "b" / "out", tmp_path / "a" / "victim" / "results.npz"
+    _part(source, out, "0/2")
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    document = json.loads((out / "plan.json").read_text())
+    change(document)
+    (out / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=expected):
+        merge(out)
+    assert victim.read_text() == "mine"
+
+
+def test_a_record_of_another_shard_or_of_files_elsewhere_is_none(source: MemorySource, tmp_path: Path) -> None:
+    _make(source, tmp_path)
+    path = tmp_path / "journal" / "train-000000.json"
+    record = json.loads(path.read_text())
+    for change in ({"name": "../x"}, {"files": {"../manifest.json": {"bytes": 1, "sha256": ""}}}):
+        path.write_text(json.dumps(record | change))
+        assert read_record(tmp_path, "train-000000") is None
+
+
+def test_a_sampled_conversion_is_judged_by_the_same_tokens_when_a_shard_is_made_again(tmp_path: Path) -> None:
+    features = write_features(tmp_path / "features")
+    settings = ShardSettings(4, dtype="int8", statistics="sample")
+    clips = open_clips(features)
+    shard_part(clips, tmp_path / "out", settings, RunSettings())
+    plan, work = plan_shards(clips, settings, RunSettings())
+    assert any(clip.phase % 8 for some in work for clip in some)
+    for number, each in enumerate(plan.shards):
+        record = rebuild_shard(tmp_path / "out", each.name, tmp_path / "again", features)
+        assert record == read_record(tmp_path / "out", each.name)
+        assert [clip.phase for clip in record.clips] == [clip.phase for clip in work[number]]
+
+
+def test_parts_made_with_different_limits_are_not_merged(tmp_path: Path) -> None:
+    source = memory_source(8, dtype="float32", heldout=0)
+    settings, parts = ShardSettings(4, dtype="int8"), (("0/2", 0.05), ("1/2", 0.2))
+    for part, limit in parts:
+        shard_part(open_clips(source), tmp_path, settings, RunSettings(max_error=limit), part)
+    # What the strictest limit allows too may be merged.
+    strict = tmp_path / "journal" / "train-000000.json"
+    record = json.loads(strict.read_text())
+    strict.write_text(json.dumps(record | {"max_error": record["worst_error"] / 2}))
+    with pytest.raises(DataError, match="the parts were made with different limits"):
+        merge(tmp_path)
+    for part in ("0/2", "1/2"):
+        shard_part(open_clips(source), tmp_path, settings, RunSettings(max_error=0.2), part)
+    assert merge(tmp_path).num_clips == 8
