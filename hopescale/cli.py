@@ -181,9 +181,10 @@ def shard(
     """Pack clips into WebDataset tars with an index. The same command again goes on where it was interrupted.
 
     Settings: clips_per_shard (0 fills half a GiB), seed, dtype (keep, float32, float16, bfloat16 or int8), statistics
-    (auto, all or sample), format (tar, or zarr for analysis), max_error, on_error (fail or skip), workers, part (i/n, i
-    from 0; `data merge` completes the data set), paranoid (hash finished shards again), dry_run. Of the source: kind,
-    partitions=[NAME=FIRST..END,...], split (heldout=0.1 or heldout_last=0.1), source.OPTION, provenance.ENTRY.
+    (auto, all or sample), format (tar, or zarr for analysis), max_error, on_error (fail or skip), max_bad_fraction,
+    workers, part (i/n, i from 0; `data merge` completes the data set), paranoid (hash finished shards again), dry_run.
+    Of the source: kind, partitions=[NAME=FIRST..END,...], split (heldout=0.1 or heldout_last=0.1), source.OPTION,
+    provenance.ENTRY.
     """
     from hopescale.shard_commands import shard_clips
 
@@ -206,14 +207,15 @@ def merge(
 def verify_data(
     dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     overrides: Settings = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Make damaged shards again from their source.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damage good; shards from source=PATH.")] = False,
     quarantine: Annotated[Path | None, typer.Option(help="File for the damaged clips' keys: data.skip_list.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read shards.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Check a data set. Exit code 0: sound; 1: damaged, and what; 2: not usable as a data set.
 
-    Settings: level=quick (index and sizes), crc (every field of every clip), or full (every byte, and the tars).
+    Settings: level=quick (index and sizes), crc (every field of every clip), or full (every byte, and the tars);
+    source=PATH, for --repair.
     """
     from hopescale.dataset_commands import verify_dataset
 

@@ -18,11 +18,38 @@ from hopescale.parallel.process_group import Launch, read_launch
 
 
 def _folder(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
+    try:
+        is_file = out.exists() and not out.is_dir()
+    except OSError as error:
+        raise ConfigError(Problem("out", _shown(out), f"cannot be used ({error.strerror})", "name another")) from error
+    if is_file:
         raise ConfigError(Problem("out", out, "is a file", "name a new or empty folder"))
     return out
 
 
+def readable_folder(folder: Path, field: str) -> Path:
+    """Return the path of something that is there.
+
+    Raises:
+        ConfigError: the path cannot be looked at: it is too long, or a folder on its way is closed.
+    """
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        # Whoever needs it says what it should be.
+        return folder
+    except (OSError, ValueError) as error:
+        rule = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError(Problem(field, _shown(folder), rule, "correct the path")) from error
+    return folder
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
+_MOST_SHOWN = 200
 Bar = Callable[[str], Callable[[int, int], None]]
 _EXAMPLES = {bool: "true", float: "0.5", int: "16", str: "text", tuple: "[a,b]"}
 
@@ -54,7 +81,9 @@ def encode_pixels(pixels: Path, out: Path, settings: Sequence[str], bar: Bar) ->
         values["part"] = _part(values["part"])
     if launch.launched:
         values = _share(values, launch)
-    document = encode(pixels, _folder(out), **values, progress=bar("encode") if launch.is_first else None)
+    document = encode(
+        readable_folder(pixels, "pixels"), _folder(out), **values, progress=bar("encode") if launch.is_first else None
+    )
     return {
         "out": str(out),
         "clips": len(document["clips"]),
@@ -77,7 +106,11 @@ def _share(values: dict[str, Any], launch: Launch) -> dict[str, Any]:
         rule = f"the launcher has started {launch.world_size} ranks, and each takes a part of its own"
         raise ConfigError(Problem("part", "given", rule, "leave part out, or start without torchrun"))
     values = {**values, "part": (launch.rank, launch.world_size)}
-    if values.get("device") == "cuda":
+    device = values.get("device", "")
+    if device.startswith("cuda:"):
+        rule = f"the launcher has started {launch.world_size} ranks, and each takes a GPU of its own"
+        raise ConfigError(Problem("device", device, rule, "write device=cuda, or start without torchrun"))
+    if device == "cuda":
         values["device"] = f"cuda:{launch.local_rank}"
     return values
 
@@ -114,9 +147,13 @@ def parse_settings(settings: Sequence[str], valid: dict[str, Any]) -> dict[str, 
         if name in values:
             problems.append(Problem(name, raw, f"is given twice, also as {values[name]}", "give it once"))
             continue
-        value = yaml.safe_load(raw)
-        value = tuple(value) if isinstance(value, list) else value
         kind = valid[name] if isinstance(valid[name], type) else type(valid[name])
+        try:
+            value = yaml.safe_load(raw)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            # A key may begin with @, which YAML keeps for itself.
+            value = None
+        value = tuple(value) if isinstance(value, list) else value
         if kind is float and type(value) is int:
             value = float(value)
         if kind is str and type(value) is not str:

@@ -12,14 +12,14 @@ from data_pipeline.dataset.index_tars import index_tars
 from data_pipeline.dataset.inspect import InspectedDataset, describe, describe_clip
 from data_pipeline.dataset.tar_listing import IndexSettings
 from data_pipeline.dataset.verify import verify
-from hopescale.data_commands import Bar, parse_settings
+from hopescale.data_commands import Bar, parse_settings, readable_folder
 from hopescale.errors import ConfigError, DataError, Problem
 from hopescale.errors import describe as described
 
 EXIT_UNUSABLE = 2
 _SHOWN = 20
 _STRIP_CLIPS = 6
-_VERIFY = {"level": "crc"}
+_VERIFY: dict[str, Any] = {"level": "crc", "source": str}
 _INDEX: dict[str, Any] = {
     **{field.name: field.default for field in fields(IndexSettings)},
     "tokens": int,
@@ -41,9 +41,12 @@ def verify_dataset(
         ConfigError: Unknown settings.
     """
     values = parse_settings(settings, _VERIFY)
+    if quarantine is not None and (quarantine.is_dir() or not quarantine.parent.is_dir()):
+        rule = "is a folder" if quarantine.is_dir() else "lies in a folder that does not exist"
+        raise ConfigError(Problem("--quarantine", quarantine, rule, "name a file in a folder that exists"))
     try:
         report = verify(
-            folder,
+            readable_folder(folder, "dataset"),
             workers=workers,
             repair=repair,
             quarantine=quarantine,
@@ -54,7 +57,9 @@ def verify_dataset(
         print(described(error))
         problems = [{name: str(value) for name, value in asdict(problem).items()} for problem in error.problems]
         return {"state": "unusable", "dataset": str(folder), "problems": problems}, EXIT_UNUSABLE
-    _print_report(report, quarantine)
+    _print_report(report, None if report.not_checked else quarantine)
+    if quarantine is not None and report.not_checked:
+        print(f"{quarantine}: not written, for the clips were not checked")
     return report.as_dict(), report.exit_code
 
 
@@ -66,7 +71,9 @@ def index_folder(folder: Path, settings: Sequence[str], bar: Bar) -> dict[str, A
     """
     values = parse_settings([_bracketed(text) for text in settings], _INDEX)
     own = {name: values.pop(name) for name in ("workers", "replace") if name in values}
-    manifest = index_tars(folder, IndexSettings(**values), progress=_from_first_call(bar, "index"), **own)
+    manifest = index_tars(
+        readable_folder(folder, "tars"), IndexSettings(**values), progress=_from_first_call(bar, "index"), **own
+    )
     shards = [asdict(entry) for entry in manifest.shards]
     result = {"out": str(folder), "clips": manifest.num_clips, "shards": shards, "fingerprint": manifest.fingerprint}
     return result | {"partitions": manifest.partitions, "encode_mode": manifest.provenance.encode_mode}
@@ -85,7 +92,7 @@ def inspect_dataset(folder: Path, settings: Sequence[str], png: Path | None, *, 
         UserError: Unknown settings, no such clip, an unusable data set, or no matplotlib for the picture.
     """
     values = parse_settings(settings, {"key": str})
-    dataset = InspectedDataset(folder)
+    dataset = InspectedDataset(readable_folder(folder, "dataset"))
     row = dataset.row(values["key"]) if "key" in values else None
     result = describe(dataset) if row is None else describe_clip(dataset, row)
     if not quiet:

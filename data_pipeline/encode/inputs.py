@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.encode.documents import read_document
+from data_pipeline.encode.pixels_folder import read_clip, read_pixels_folder
 from data_pipeline.encode.rows import Rows
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.pixels.simulate import PIXELS_FILE
@@ -128,37 +128,18 @@ class _Pixels:
     steps: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
-        document = read_document(folder, PIXELS_FILE, "pixels", "hopescale data simulate")
-        self.stamp: str = document["digest"]
+        document = read_pixels_folder(folder)
+        self.stamp: str = document.digest
+        self._clips = {clip.key: clip for clip in document.clips}
         self.clips: Sequence[InputClip] = [
-            InputClip(
-                clip["key"],
-                clip["partition"],
-                clip["split"],
-                clip["length"],
-                folder / clip["partition"] / f"{clip['key']}.npz",
-            )
-            for clip in document["clips"]
+            InputClip(clip.key, clip.partition, clip.split, clip.length, clip.path) for clip in document.clips
         ]
 
     def digest(self, sources: Mapping[str, str]) -> str:
         return self.stamp
 
     def load(self, clip: InputClip, side: int | None) -> LoadedClip:
-        try:
-            with np.load(clip.where, allow_pickle=False) as arrays:
-                frames = arrays["frames"]
-                rows = {
-                    field: arrays[field].astype(np.float32)
-                    for field in ("actions", "extrinsics", "states")
-                    if field in arrays.files or field == "actions"
-                }
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            rule = f"clip file cannot be read ({type(error).__name__}: {error})"
-            raise DataError(Problem("pixels", clip.where, rule, "make the pixels folder again")) from error
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) != clip.frames:
-            rule = f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [{clip.frames}, H, W, 3]"
-            raise DataError(Problem("pixels", clip.where, rule, "store such frames"))
+        frames, rows = read_clip(self._clips[clip.key])
         if side is not None:
             frames = np.stack([fit_square(frame, side) for frame in frames])
         return LoadedClip(frames, rows, np.arange(len(frames)), len(frames), "")

@@ -132,12 +132,28 @@ class Part:
         temporary = path.with_name(f"{path.name}.{self.name}.tmp")
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_inside(path.parent)
             try:
-                temporary.write_bytes(content)
+                # A link in place of the file would lead out of the folder.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+                with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+                    file.write(content)
                 temporary.rename(path)
             except OSError:
                 temporary.unlink(missing_ok=True)
                 raise
+
+    def _check_inside(self, folder: Path) -> None:
+        """Refuse folders of clips that lie elsewhere.
+
+        Raises:
+            DataError: A folder between the output and the clip is a link.
+        """
+        inside = folder.relative_to(self._out)
+        for each in (inside, *inside.parents[:-1]):
+            if (self._out / each).is_symlink():
+                rule = "it is a link, and clips are written inside the output folder only"
+                raise DataError(Problem("out", self._out / each, rule, "remove the link, or name another folder"))
 
     def add(self, record: Record) -> None:
         """Note that a clip is written; it is in the journal once a batch of them is safe on disk."""

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, Problem, missing_extra
+from data_pipeline.sources.npy_file import read_npy
+from data_pipeline.sources.stored import reason
 
 if TYPE_CHECKING:
     import av
@@ -39,6 +41,9 @@ _MP4_BOXES = (
     b"uuid",
     b"wide",
 )
+MAX_DECODED = 4 << 30
+"""Bytes of frames that one video may become in memory."""
+
 _EBML, _SEGMENT = bytes.fromhex("1a45dfa3"), bytes.fromhex("18538067")
 
 
@@ -116,11 +121,12 @@ def decode_video(
         path: File of any container and codec that FFmpeg reads.
         frames: Take so many, the first ones; None takes all.
         fps: Take for each time n / fps, counted from the first frame, the frame nearest to it, of two equally near ones
-            the earlier; None takes every frame.
+            the earlier; None takes every frame. A frame may be the nearest to two times in a row, not to more.
         side: Pixels of the square they are brought to (`fit_square`); None leaves them as they are.
 
     Raises:
-        DataError: The file is not a video, damaged, truncated, or too short; the file is named.
+        DataError: The file is not a video, damaged, truncated, too short, has gaps, or becomes more than `MAX_DECODED`
+            bytes of frames; the file is named.
         MissingExtra: PyAV, or Pillow for `side`, is not installed.
     """
     try:
@@ -227,12 +233,20 @@ def _take(
     taken: list[int] = []
     clock = _Clock(path)
     chosen = _every(clock, container.decode(stream)) if fps is None else _nearest(clock, container.decode(stream), fps)
+    nbytes = 0
     for index, frame in chosen:
+        if taken[-2:] == [index, index]:
+            rule = f"fps={fps:g} would take frame {index} three times: the recording is slower, or has a gap there"
+            raise DataError(Problem("video", path, rule, "lower fps, or leave the video out with on_error=skip"))
         if taken and taken[-1] == index:
             pictures.append(pictures[-1])
         else:
             pictures.append(_picture(path, frame, side))
         taken.append(index)
+        nbytes += pictures[-1].nbytes
+        if nbytes > MAX_DECODED:
+            rule = f"its first {len(taken)} frames have {nbytes} bytes, more than {MAX_DECODED}"
+            raise DataError(Problem("video", path, rule, "set frames, fps or size, or cut it into clips"))
         if len(taken) == frames:
             break
     else:
@@ -369,14 +383,14 @@ def read_rows(path: Path) -> NDArray[np.float32]:
     """
     fix = "store finite numbers [rows, numbers] with numpy.save"
     try:
-        content: Any = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        rule = f"the file cannot be read ({type(error).__name__}: {error})"
-        raise DataError(Problem("rows", path, rule, fix)) from error
-    if not isinstance(content, np.ndarray) or content.dtype.kind not in "fiu" or content.ndim != 2 or not content.size:
-        kind = f"{content.dtype} {list(content.shape)}" if isinstance(content, np.ndarray) else "several arrays"
+        content = read_npy(path)
+    except (OSError, ValueError) as error:
+        raise DataError(Problem("rows", path, f"the file cannot be read: {reason(error)}", fix)) from error
+    if content.dtype.kind not in "fiu" or content.ndim != 2 or not content.size:
+        kind = f"{content.dtype} {list(content.shape)}"
         raise DataError(Problem("rows", path, f"it holds {kind}, not numbers [rows, numbers]", fix))
-    rows = content.astype(np.float32)
+    with np.errstate(over="ignore"):
+        rows = content.astype(np.float32)
     if not np.isfinite(rows).all():
         raise DataError(Problem("rows", path, "some numbers are not finite in float32", fix))
     return rows

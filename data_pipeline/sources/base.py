@@ -37,6 +37,8 @@ class SourceClip:
         arrays: By field: features and actions, optionally states, extrinsics and features_scale.
         stamp: Changes whenever the clip's files do: sizes and times, or a hash where the source has one.
         where: Of the clip inside its source, for errors and for reading; a path relative to the source, or a row.
+        places: Of the clip's arrays in the file they share, so that it is not searched again; their meaning is the
+            source's own.
     """
 
     key: str
@@ -45,6 +47,7 @@ class SourceClip:
     arrays: Mapping[str, ArraySpec]
     stamp: str
     where: str
+    places: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:

@@ -40,6 +40,7 @@ class FoundClip:
         stamp: As the source says, or None: then it comes from the files.
         features_dtype: What unsigned integers in place of features are, as the source says, or None.
         stated: Entries of its provenance, as the source says.
+        places: See `SourceClip`.
         problem: Why it cannot be used, or empty.
     """
 
@@ -52,6 +53,7 @@ class FoundClip:
     stamp: str | None = None
     features_dtype: str | None = None
     stated: Mapping[str, str] = field(default_factory=dict)
+    places: tuple[int, ...] = ()
     problem: str = ""
 
 
@@ -173,7 +175,8 @@ class ClipSource(ABC):
         if found.frames is not None and found.frames != frames:
             raise BadClip(f"{found.arrays['features']}: it has {frames} frames, the clip's entry says {found.frames}")
         stamp = found.stamp or stamp_of({name: array.stamp for name, array in seen.items()})
-        return SourceClip(found.key, found.partition or "", as_split(found.split), specs, stamp, found.where), grid
+        split, partition = as_split(found.split), found.partition or ""
+        return SourceClip(found.key, partition, split, specs, stamp, found.where, found.places), grid
 
     def _is_same(self, clip: SourceClip, stamps: Mapping[str, str]) -> bool:
         return clip.stamp == stamp_of(stamps)

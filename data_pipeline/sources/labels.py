@@ -181,6 +181,10 @@ def labels(partitions: Sequence[str] = (), split: str | None = None) -> Labels:
     Raises:
         DataError: A rule has another form, or is given twice.
     """
+    for text in partitions:
+        if not isinstance(text, str):
+            fix = "write rules such as base=0..5000 or ice=ice_*"
+            raise DataError(Problem("partition", str(text)[:80], "a rule is a text", fix))
     repeated = [text for text, count in Counter(partitions).items() if count > 1]
     if repeated:
         raise DataError(Problem("partition", repeated[0], "the same rule is given twice", "give it once"))

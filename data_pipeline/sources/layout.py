@@ -15,6 +15,8 @@ from data_pipeline.sources.stored import Seen
 Grid = tuple[int, int]
 REQUIRED = ("features", "actions")
 _MEANT_BY = {"uint16": ("bfloat16", "uint16"), "uint8": ("float8_e4m3fn", "float8_e5m2", "uint8")}
+_OTHER_SIZES = {256: 576, 576: 256}
+"""Tokens of a frame that common encoders make: 16 x 16 and 24 x 24."""
 FEATURES_DTYPES: tuple[str, ...] = tuple(name for names in _MEANT_BY.values() for name in names)
 """What unsigned integers in place of features may be said to be."""
 
@@ -30,7 +32,8 @@ class Layout:
     Attributes:
         features_dtype: What unsigned integers in place of features are, one of `FEATURES_DTYPES`; None refuses them.
         tokens: Tokens of a frame; None where the arrays say it themselves.
-        flat_tokens: Tokens of a frame in features `[F * N, E]` where `tokens` is None; None refuses such features.
+        flat_tokens: Tokens of a frame in features `[F * N, E]` where `tokens` is None and the rows of all other fields
+            are those of so many frames; None refuses such features.
         first_extrinsics: Take the first F - 1 rows of longer extrinsics.
         action_alignment: Decides how many rows of actions a clip needs.
     """
@@ -51,7 +54,7 @@ class Layout:
         Raises:
             BadClip: Shapes or types that are not those of a clip.
         """
-        features, grid = self._features(seen["features"], names["features"])
+        features, grid = self._features(seen, names["features"])
         frames = features.shape[0]
         if frames < 2:
             raise BadClip(f"{names['features']}: too few frames, {frames}: there is no transition in fewer than 2")
@@ -62,7 +65,8 @@ class Layout:
         self._check_scale(specs, names)
         return specs, grid
 
-    def _features(self, seen: Seen, name: str) -> tuple[ArraySpec, Grid | None]:
+    def _features(self, fields: Mapping[str, Seen], name: str) -> tuple[ArraySpec, Grid | None]:
+        seen = fields["features"]
         dtype, shape, grid = self._features_type(seen.dtype, name), seen.shape, None
         if len(shape) == 4:
             grid = (shape[1], shape[2])
@@ -74,6 +78,8 @@ class Layout:
                 raise BadClip(f"{name}: features {list(shape)}: {rule}")
             if shape[0] % tokens:
                 raise BadClip(f"{name}: features {list(shape)}: {shape[0]} rows are no whole frames of {tokens} tokens")
+            if self.tokens is None:
+                _check_guess(fields, name, tokens)
             shape = (shape[0] // tokens, tokens, shape[1])
         if len(shape) != 3 or min(shape) < 1:
             raise BadClip(f"{name}: features {list(seen.shape)}: must be [F * N, E], [F, N, E] or [F, H, W, E]")
@@ -130,6 +136,26 @@ class Layout:
             if scale.shape[0] != features.shape[2]:
                 text = f"features_scale has {scale.shape[0]} channels, features have {features.shape[2]}"
                 raise BadClip(f"{names['features_scale']}: {text}")
+
+
+def _check_guess(fields: Mapping[str, Seen], name: str, tokens: int) -> None:
+    """Check that nothing speaks against the usual number of tokens where nobody has said it.
+
+    Raises:
+        BadClip: Another usual number fits too, or a field has no rows of so many frames.
+    """
+    shape = fields["features"].shape
+    frames, other = shape[0] // tokens, _OTHER_SIZES.get(tokens)
+    text, fix = f"{name}: features {list(shape)} have no frames of their own", "say it with the option tokens"
+    if other is not None and shape[0] % other == 0:
+        raise BadClip(f"{text}: frames of {tokens} tokens would fit and frames of {other}; {fix}")
+    # Recorded at stored frames or between them, or at two pixel frames for each stored one.
+    usual = {frames - 1, frames, 2 * frames - 2, 2 * frames - 1, 2 * frames}
+    for field in sorted(set(fields) - {"features", "features_scale"}):
+        rows = fields[field].shape[0] if fields[field].shape else 0
+        if rows not in usual:
+            rule = f"with {tokens} tokens there would be {frames}, which {rows} rows of {field} do not confirm"
+            raise BadClip(f"{text}: {rule}; {fix}")
 
 
 def normalised(field: str, array: np.ndarray, spec: ArraySpec) -> np.ndarray:

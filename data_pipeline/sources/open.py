@@ -16,7 +16,7 @@ from data_pipeline.encode.documents import FEATURES_FILE
 from data_pipeline.encode.journal import PARTS
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.pixels.simulate import PIXELS_FILE
-from data_pipeline.shard.journal import PLAN_FILE
+from data_pipeline.shard.journal import JOURNAL_FOLDER, PLAN_FILE
 from data_pipeline.sources.base import Source
 from data_pipeline.sources.callable import ENTRY_POINT, PythonClips
 from data_pipeline.sources.clip_source import ClipSource
@@ -47,10 +47,14 @@ KINDS: Mapping[str, type[ClipSource]] = {source.kind: source for source in _CLAS
 
 _NOT_SOURCES = {
     MANIFEST_FILE: ("it is a data set already", "name its folder of shards to make another one of them"),
-    PLAN_FILE: ("it is an unfinished data set", "name the source it is made from"),
-    PARTS: ("they are unfinished features", "repeat `hopescale data encode`, which goes on where it was"),
+    JOURNAL_FOLDER: ("it is an unfinished data set", "name the source it is made from"),
+    f"{PARTS}/{PLAN_FILE}": (
+        "they are unfinished features",
+        "repeat `hopescale data encode`, which goes on where it was",
+    ),
     PIXELS_FILE: ("they are pixels", "make features of them with `hopescale data encode`"),
 }
+_MAX_SHOWN = 200
 _NOT_OPTIONS = {"path", "provenance", "labels"}
 _TRUTH = {"true": True, "false": False}
 
@@ -103,7 +107,7 @@ def recognise(path: Path) -> tuple[str, str]:
     Raises:
         DataError: Nothing there, or files of no kind or of several.
     """
-    if not path.exists():
+    if not _exists(path):
         if ENTRY_POINT.fullmatch(str(path)):
             fix = f"set kind={PythonClips.kind} if it is a function, or correct the path"
         else:
@@ -125,6 +129,14 @@ def options_of(kind: str) -> dict[str, str]:
     return {name: _described(hint) for name, hint in _hints(kind).items()}
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        text = str(path)[:_MAX_SHOWN]
+        raise DataError(Problem("source", text, f"it cannot be read ({error.strerror})", "correct the path")) from error
+
+
 def _evidence_of_file(path: Path) -> dict[str, str]:
     if path.suffix in SUFFIXES:
         return {ListedFiles.kind: path.name}
@@ -137,7 +149,7 @@ def _evidence_in_folder(path: Path) -> dict[str, str]:
     if FEATURES_FILE in names:
         return {FeaturesFolder.kind: FEATURES_FILE}
     for name, (rule, fix) in _NOT_SOURCES.items():
-        if (path / name).exists():
+        if (path / name).exists() and (name != JOURNAL_FOLDER or (path / PLAN_FILE).exists()):
             raise DataError(Problem("source", path, f"{rule}: it holds {name}", fix))
     if is_group(path):
         return _evidence_in_group(path, sorted(name for name, is_folder in names.items() if is_folder))
@@ -181,8 +193,8 @@ def _listings(path: Path) -> list[str]:
 
 
 def _check_place(path: Path, kind: str) -> None:
-    is_folder = path.is_dir()
-    if not path.exists():
+    is_folder = _exists(path) and path.is_dir()
+    if not _exists(path):
         raise DataError(Problem("source", path, "there is no such file or folder", "correct the path"))
     if not is_folder and (kind not in (ListedFiles.kind, TarShards.kind) or not _evidence_of_file(path).get(kind)):
         wanted = {ListedFiles.kind: "a .jsonl or .csv file", TarShards.kind: "a .tar file or a folder of them"}

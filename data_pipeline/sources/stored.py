@@ -155,7 +155,13 @@ def read_small(path: Path, limit: int, start: int = 0, size: int | None = None) 
     with opened(path, start, size) as (descriptor, extent, _):
         if extent > limit:
             raise BadArray(f"it has {extent} bytes, more than {limit}")
-        return os.pread(descriptor, extent, start)
+        content = b""
+        # One read may return less than it was asked for.
+        while piece := os.pread(descriptor, extent - len(content), start + len(content)):
+            content += piece
+        if len(content) < extent:
+            raise BadArray(f"it was truncated while it was read: {extent - len(content)} bytes are missing")
+        return content
 
 
 def parse_json(content: bytes | str) -> dict[str, Any]:

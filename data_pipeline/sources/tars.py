@@ -16,18 +16,22 @@ from data_pipeline.shard.walk import BadTar, open_regular
 from data_pipeline.sources.base import SourceClip
 from data_pipeline.sources.clip_source import ClipSource, FoundClip
 from data_pipeline.sources.flat import archive_arrays
-from data_pipeline.sources.labels import natural
 from data_pipeline.sources.layout import FEATURES_DTYPES, REQUIRED
 from data_pipeline.sources.npy_file import BadArray
 from data_pipeline.sources.provenance import stated_by
 from data_pipeline.sources.stored import NpyArray, NpzArray, StoredArray, parse_json, read_small, reason
+from data_pipeline.sources.tar_files import TarFiles, find_tars
 
 _KEPT_TARS = 4
+_ARCHIVE = -1
+_MOST_EXTENSIONS = 2
+Members = dict[int, tuple[int, int]]
+"""First byte and bytes of members, by `_ARCHIVE` or `_MOST_EXTENSIONS` x the field's number + the extension's."""
 
 
 @dataclass(kw_only=True)
 class TarShards(ClipSource):
-    """A .tar, or a folder of them at any depth.
+    """A .tar, or a folder of them at any depth; compressed ones are listed as bad.
 
     Members of a clip are its key, a dot, and an extension, taken in lower case: `FIELD.npy` for each field, `npy`
     for features alone, or one `npz` with arrays named like the fields. Partition, split, type of the features, encoder,
@@ -56,12 +60,15 @@ class TarShards(ClipSource):
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the tars walked so far: a worker walks its own."""
+        """Leave out the tars walked so far: listed clips say their places themselves."""
         return {**self.__dict__, "_samples": OrderedDict()}
 
     def found(self) -> Iterable[FoundClip]:
         """See `ClipSource`."""
-        for tar in self._tars():
+        tars = find_tars(self.path) if self.path.suffix != ".tar" else TarFiles((self.path.name,), {})
+        for name, rule in tars.unread.items():
+            yield FoundClip("", name, problem=f"{name}: {rule}")
+        for tar in tars.tars:
             for sample in self._walk(tar):
                 where = f"{tar}/{sample.key}"
                 try:
@@ -72,20 +79,20 @@ class TarShards(ClipSource):
     def again(self, clip: SourceClip) -> Mapping[str, StoredArray]:
         """See `ClipSource`."""
         tar = clip.where[: -len(clip.key) - 1]
+        try:
+            if clip.places:
+                return self._stored(tar, _members(clip.places), clip.key)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(clip, reason(error)) from error
         if tar not in self._samples:
             self._samples[tar] = {sample.key: sample for sample in self._walk(tar)}
             if len(self._samples) > _KEPT_TARS:
                 self._samples.popitem(last=False)
         try:
-            return self._arrays(tar, self._samples[tar].get(clip.key, Sample(clip.key)))
+            sample = self._samples[tar].get(clip.key, Sample(clip.key))
+            return self._stored(tar, self._chosen(sample), clip.key)
         except (OSError, ValueError) as error:
             raise self._unreadable(clip, reason(error)) from error
-
-    def _tars(self) -> list[str]:
-        if self.path.suffix == ".tar":
-            return [self.path.name]
-        paths = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*.tar"))
-        return sorted(paths, key=natural)
 
     def _file(self, tar: str) -> Path:
         return (self.path.parent if self.path.suffix == ".tar" else self.path) / tar
@@ -102,7 +109,9 @@ class TarShards(ClipSource):
             raise DataError(Problem("source", self._file(tar), reason(error), "copy the tar again")) from error
 
     def _clip(self, tar: str, where: str, sample: Sample) -> FoundClip:
-        arrays, meta = self._arrays(tar, sample), self._meta(tar, sample)
+        members = self._chosen(sample)
+        places = tuple(number for part, place in members.items() for number in (part, *place))
+        arrays, meta = self._stored(tar, members, sample.key), self._meta(tar, sample)
         for label in ("partition", "split"):
             if not isinstance(meta.get(label, ""), str):
                 raise BadArray(f"{label} is {str(meta[label])[:80]}, not a text")
@@ -116,23 +125,45 @@ class TarShards(ClipSource):
             meta.get("split"),
             features_dtype=dtype if dtype in FEATURES_DTYPES else None,
             stated=stated_by(meta),
+            places=places,
         )
 
-    def _arrays(self, tar: str, sample: Sample) -> dict[str, StoredArray]:
-        asked = {name for name in FIELDS if getattr(self, name) is not None}
+    def _chosen(self, sample: Sample) -> Members:
+        """Return which members of a sample are read.
+
+        Raises:
+            BadArray: One that is needed is not there.
+        """
         if self.archive.lower() in sample.members:
             member = sample.members[self.archive.lower()]
-            archive = NpzArray(self._file(tar), f"{tar}: {member.name}", "", member.offset, member.size)
-            return archive_arrays(archive, {name: getattr(self, name) or name for name in FIELDS}, asked)
-        arrays: dict[str, StoredArray] = {}
+            return {_ARCHIVE: (member.offset, member.size)}
+        chosen: Members = {}
+        asked = self._asked()
         for name in dict.fromkeys((*REQUIRED, *FIELDS)):
             extensions = self._extensions(name)
-            member = next((sample.members[each] for each in extensions if each in sample.members), None)
-            if member is not None:
-                arrays[name] = NpyArray(self._file(tar), f"{tar}: {member.name}", member.offset, member.size)
+            there = next((place for place, each in enumerate(extensions) if each in sample.members), None)
+            if there is not None:
+                member = sample.members[extensions[there]]
+                chosen[_MOST_EXTENSIONS * FIELDS.index(name) + there] = (member.offset, member.size)
             elif name in REQUIRED or name in asked:
                 raise BadArray(_missing(sample, extensions))
+        return chosen
+
+    def _stored(self, tar: str, members: Members, key: str) -> dict[str, StoredArray]:
+        path = self._file(tar)
+        if _ARCHIVE in members:
+            start, size = members[_ARCHIVE]
+            archive = NpzArray(path, f"{tar}: {key}.{self.archive}", "", start, size)
+            return archive_arrays(archive, {name: getattr(self, name) or name for name in FIELDS}, self._asked())
+        arrays: dict[str, StoredArray] = {}
+        for part, (start, size) in members.items():
+            name = FIELDS[part // _MOST_EXTENSIONS]
+            extension = self._extensions(name)[part % _MOST_EXTENSIONS]
+            arrays[name] = NpyArray(path, f"{tar}: {key}.{extension}", start, size)
         return arrays
+
+    def _asked(self) -> set[str]:
+        return {name for name in FIELDS if getattr(self, name) is not None}
 
     def _extensions(self, name: str) -> tuple[str, ...]:
         chosen = getattr(self, name)
@@ -148,6 +179,11 @@ class TarShards(ClipSource):
             return parse_json(read_small(self._file(tar), MAX_META, member.offset, member.size))
         except ValueError as error:
             raise BadArray(f"{member.name}: {error}") from error
+
+
+def _members(places: tuple[int, ...]) -> Members:
+    """Return what `SourceClip.places` says: part, first byte and bytes of each member, one after another."""
+    return {places[at]: (places[at + 1], places[at + 2]) for at in range(0, len(places), 3)}
 
 
 def _missing(sample: Sample, extensions: tuple[str, ...]) -> str:

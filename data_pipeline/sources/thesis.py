@@ -22,8 +22,9 @@ class ThesisTree(ClipSource):
     """Clips as `clip_NNNNN/feature_maps/NAME.npy` and `clip_NNNNN/actions_states/actions.npy`.
 
     Beside actions.npy there may be states.npy and extrinsics.npy, of which the first F - 1 rows count. Features
-    `[F * N, E]` have 256 tokens a frame where `tokens` says nothing else. Of the actions, row 1 acts between frames 0
-    and 1 and nothing acts later, as that pipeline trains.
+    `[F * N, E]` have 256 tokens a frame where `tokens` says nothing else, and are refused if 576 would fit too or the
+    other files have rows of another number of frames. Of the actions, row 1 acts between frames 0 and 1 and nothing
+    acts later, as that pipeline trains.
 
     Attributes:
         features: File name inside feature_maps; None takes the only .npy there.

@@ -233,6 +233,10 @@ class ZarrStacked(_ZarrSource):
         fits = "int" in array.dtype or (array.dtype == TEXT and wanted == "text")
         if not fits or len(array.shape) != 1 or array.shape[0] > MAX_CLIPS:
             raise BadArray(f"it is {array.dtype} {list(array.shape)}, not one {wanted} a clip")
+        if array.shape[0] * array.itemsize > MAX_BYTES:
+            raise BadArray(f"its {array.shape[0]} texts of {array.itemsize} bytes take more than {MAX_BYTES}")
+        # A lost chunk would move clips to the first partition or split, and a pipe in its place would wait for ever.
+        array.row_stamp(None, empty_chunks=self.empty_chunks)
         values = zarr_values(array, slice(None))
         names = attributes(self.path).get(f"{name}s")
         if name in _NAMES and values.dtype.kind in "iu" and isinstance(names, list):

@@ -24,11 +24,16 @@ MAX_BYTES = 4 << 30
 MAX_CHUNKS = 1 << 16
 """Chunk files that one clip may be spread over."""
 MAX_SIZE = 1 << 40
+MAX_TEXT = 1 << 12
+"""Bytes that one text of a fixed width may have."""
 TEXT = "text"
 
 _V2_COMPRESSORS = ("blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4")
 _V3_CODECS = ("bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed")
 _V3_NUMBERS = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+_PLACE_BYTES = 16
+"""Of a chunk's place in the index of a shard."""
+_REFERENCE = 8
 _BYTES = {f"{name}{bits}": bits // 8 for name in ("float", "int", "uint") for bits in (8, 16, 32, 64)}
 
 
@@ -43,6 +48,8 @@ class ZarrArray:
         dtype: numpy's name of the number type, or `TEXT`.
         shape: Of the whole array.
         files: Shape of what one chunk file holds: a chunk, or a shard of them.
+        chunks: Shape of what is unpacked at once: a chunk, or the chunks inside a shard.
+        itemsize: Bytes of one value once unpacked; of texts of any length, those of the reference to one.
         prefix: What the names of chunk files begin with.
         separator: Between the numbers in those names.
         stamp: Of the metadata's file.
@@ -54,6 +61,8 @@ class ZarrArray:
     dtype: str
     shape: tuple[int, ...]
     files: tuple[int, ...]
+    chunks: tuple[int, ...]
+    itemsize: int
     prefix: str
     separator: str
     stamp: str
@@ -69,7 +78,8 @@ class ZarrArray:
         if row is not None:
             spans[0] = range(row // self.files[0], row // self.files[0] + 1)
         if math.prod(len(span) for span in spans) > MAX_CHUNKS:
-            raise BadArray(f"a clip lies in more than {MAX_CHUNKS} chunks; store it in larger ones")
+            what = "it lies" if row is None else "a clip lies"
+            raise BadArray(f"{what} in more than {MAX_CHUNKS} chunks; store it in larger ones")
         for place in itertools.product(*spans):
             yield self.folder / (self.prefix + self.separator.join(map(str, place)))
 
@@ -144,9 +154,17 @@ def zarr_array(folder: Path, shown: str) -> ZarrArray:
         array = _v2(folder, shown, old) if os.path.lexists(old) else _v3(folder, shown)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadArray(f"its metadata lack something or have another form ({type(error).__name__}: {error})") from error
-    itemsize = _BYTES.get(array.dtype, 1)
-    if math.prod(array.files[1:]) * itemsize > MAX_BYTES or len(array.files) != len(array.shape) or not array.shape:
-        raise BadArray(f"its chunks {list(array.files)} do not fit its shape {list(array.shape)}, or are too large")
+    shown = f"its chunks {list(array.chunks)}"
+    if not array.shape or {len(array.files), len(array.chunks)} != {len(array.shape)}:
+        raise BadArray(f"{shown} do not fit its shape {list(array.shape)}")
+    if array.itemsize > MAX_TEXT:
+        raise BadArray(f"each of its texts takes {array.itemsize} bytes, more than {MAX_TEXT}")
+    # Whoever reads one value of a chunk unpacks all of it.
+    if math.prod(array.chunks) * array.itemsize > MAX_BYTES:
+        raise BadArray(f"{shown} of {array.itemsize} bytes a value are too large: more than {MAX_BYTES} bytes")
+    inside = math.prod(-(-file // chunk) for file, chunk in zip(array.files, array.chunks, strict=True))
+    if inside * _PLACE_BYTES > MAX_BYTES:
+        raise BadArray(f"one of its shards holds {inside} chunks, too many")
     return array
 
 
@@ -165,17 +183,28 @@ def _v2(folder: Path, shown: str, path: Path) -> ZarrArray:
     if not isinstance(dtype, str):
         raise BadArray("it has a structured type; store each field as an array of its own")
     separator = document.get("dimension_separator", ".")
+    name, chunks = TEXT if is_text else number_type(dtype), _sizes(document["chunks"], 1)
     return ZarrArray(
         folder,
         shown,
         2,
-        TEXT if is_text else number_type(dtype),
+        name,
         _sizes(document["shape"], 0),
-        _sizes(document["chunks"], 1),
+        chunks,
+        chunks,
+        _v2_text_bytes(dtype) if is_text else _BYTES.get(name, 1),
         "",
         _separator(separator),
         _stamp(path),
     )
+
+
+def _v2_text_bytes(dtype: str) -> int:
+    if dtype == "|O":
+        return _REFERENCE
+    if not dtype[2:].isdecimal() or len(dtype) > 12:
+        raise BadArray(f"its type {dtype[:40]!r} is refused: it is no text of a fixed width")
+    return int(dtype[2:]) * (4 if dtype[1] == "U" else 1)
 
 
 def _v3(folder: Path, shown: str) -> ZarrArray:
@@ -190,13 +219,16 @@ def _v3(folder: Path, shown: str) -> ZarrArray:
         raise BadArray(f"its chunk grid {grid['name']!r} with names {keys['name']!r} is not taken here")
     default = "/" if keys["name"] == "default" else "."
     separator = _separator((keys.get("configuration") or {}).get("separator", default))
+    files = _sizes(grid["configuration"]["chunk_shape"], 1)
     return ZarrArray(
         folder,
         shown,
         3,
         dtype,
         _sizes(document["shape"], 0),
-        _sizes(grid["configuration"]["chunk_shape"], 1),
+        files,
+        _inner_chunks(codecs) or files,
+        _v3_text_bytes(document["data_type"]) if dtype == TEXT else _BYTES[dtype],
         f"c{separator}" if keys["name"] == "default" else "",
         separator,
         _stamp(folder / "zarr.json"),
@@ -210,6 +242,21 @@ def _v3_type(stored: Any) -> str:
     if name not in _V3_NUMBERS:
         raise BadArray(f"its type {name!r} is refused: it is none of {', '.join(_V3_NUMBERS)}")
     return name
+
+
+def _v3_text_bytes(stored: Any) -> int:
+    if stored == "string" or stored["name"] == "string":
+        return _REFERENCE
+    size = stored["configuration"]["length_bytes"]
+    return _sizes([size], 0)[0]
+
+
+def _inner_chunks(codecs: list[Any]) -> tuple[int, ...] | None:
+    """Return the shape of the chunks inside shards, None where whole files are unpacked."""
+    # Any other codec around the shards wants all of a file at once.
+    if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
+        return None
+    return _sizes(codecs[0]["configuration"]["chunk_shape"], 1)
 
 
 def _v3_document(folder: Path) -> dict[str, Any]:

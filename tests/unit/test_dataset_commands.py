@@ -138,3 +138,37 @@ def test_equal_features_have_equal_colours_in_every_tile(original: Path) -> None
     assert len(images) == 4
     np.testing.assert_array_equal(images[0], images[3])
     assert not np.array_equal(images[0], images[1])
+
+
+def test_a_quarantine_list_survives_a_check_that_could_not_be_made(copy: Path, tmp_path: Path) -> None:
+    _flip(copy, 1)
+    skip = tmp_path / "skip.txt"
+    _run("verify", copy, "--quarantine", skip, code=1)
+    before = skip.read_bytes()
+    column = np.load(copy / "index" / "shard.npy")
+    np.save(copy / "index" / "shard.npy", column + 100)
+    text, _ = _run("verify", copy, "--quarantine", skip, code=1)
+    assert "not written, for the clips were not checked" in text
+    assert skip.read_bytes() == before != b""
+
+
+def test_a_quarantine_list_in_no_folder_is_refused_before_the_work(original: Path, tmp_path: Path) -> None:
+    for path, rule in ((tmp_path / "nowhere" / "x", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(ConfigError, match=f"--quarantine=.*{rule}"):
+            _run("verify", original, "--quarantine", path)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "index"])
+def test_paths_that_cannot_be_looked_at_are_explained(command: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _run(command, "x" * 5000)
+
+
+def test_settings_that_yaml_cannot_read_are_texts_or_refused(original: Path) -> None:
+    for key in ("@x", "*x", "["):
+        with pytest.raises(DataError, match="no clip has this key"):
+            _run("inspect", original, f"key={key}")
+    with pytest.raises(ConfigError, match="must be of type tuple"):
+        _run("index", original, "partitions=[@x")
+    with pytest.raises(DataError, match="a rule is a text"):
+        _run("index", original / "shards", "partitions=[1,2]")

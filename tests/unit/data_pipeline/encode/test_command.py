@@ -89,3 +89,10 @@ def test_the_command_says_that_other_parts_are_missing(pixels: Path, tmp_path: P
     arguments = ["data", "encode", str(pixels), str(tmp_path / "out"), f"encoder={PATCH_MEANS}", "part=0/2"]
     first = CliRunner().invoke(app, arguments)
     assert "part 0 of 2 is done" in first.output
+
+
+def test_ranks_of_a_launch_do_not_share_a_gpu(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(LAUNCHER, (1, 1, 2, 2), strict=True):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="device=cuda:0: the launcher has started 2 ranks"):
+        encode_pixels(pixels, tmp_path / "out", ["device=cuda:0"], _no_bar)

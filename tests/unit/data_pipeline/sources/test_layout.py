@@ -123,3 +123,25 @@ def test_an_array_that_is_not_what_was_listed_is_refused() -> None:
             normalised("features", array, spec)
     with pytest.raises(BadClip, match="were listed"):
         normalised("actions", np.zeros((2, 3), np.float32), ArraySpec("float32", (3, 2)))
+
+
+def test_the_usual_tokens_are_taken_when_rows_confirm_them() -> None:
+    for rows in (7, 8, 14, 16):
+        found, _ = specs(fields((8 * 256, 8), rows=rows), flat_tokens=256, action_alignment="row1-to-row0")
+        assert found["features"].shape == (8, 256, 8)
+
+
+@pytest.mark.parametrize(
+    ("features", "rows", "expected"),
+    [
+        ((8 * 576, 8), 16, "frames of 256 tokens would fit and frames of 576; say it with the option tokens"),
+        ((64 * 196, 8), 128, "with 256 tokens there would be 49, which 128 rows of actions do not confirm"),
+        ((8 * 256, 8), 11, "with 256 tokens there would be 8, which 11 rows of actions do not confirm"),
+    ],
+)
+def test_flat_features_are_not_cut_by_a_guess(features: tuple[int, ...], rows: int, expected: str) -> None:
+    rules = {"flat_tokens": 256, "action_alignment": "row1-to-row0"}
+    with pytest.raises(BadClip) as caught:
+        specs(fields(features, rows=rows), **rules)
+    assert expected in str(caught.value)
+    assert specs(fields(features, rows=rows), tokens=features[0] // 8, **rules)[0]["features"].shape[0] == 8

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from data_pipeline.shard.npy import MAX_HEADER
 from data_pipeline.sources.npy_file import HEADER_BYTES, header_at, read_npy, read_npy_header, values_at
+from data_pipeline.sources.stored import read_small
 
 TAKEN = ("<f2", "<f4", "<f8", *(f"<{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)))
 HEADER = "{'descr': '<f2', 'fortran_order': False, 'shape': (3, 2), }"
@@ -251,3 +252,13 @@ def test_ten_thousand_mutated_headers_raise_only_value_errors_and_allocate_no_mo
     assert 100 < accepted < 3_000
     # The header is read whole and once decoded; its pieces are small.
     assert largest < 4 * HEADER_BYTES
+
+
+def test_small_files_are_read_whole_however_little_comes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content := bytes(range(100)))
+    pread = os.pread
+    monkeypatch.setattr("os.pread", lambda file, size, at: pread(file, min(size, 7), at))
+    assert read_small(tmp_path / "a.jsonl", 100) == content
+    assert read_small(tmp_path / "a.jsonl", 100, 10, 50) == content[10:60]

@@ -63,7 +63,7 @@ def test_a_listing_beside_its_files_is_not_passed_over(tmp_path: Path) -> None:
     ("name", "expected"),
     [
         ("manifest.json", "it is a data set already"),
-        ("plan.json", "it is an unfinished data set"),
+        ("journal/plan.json", "it is an unfinished data set"),
         ("parts/plan.json", "they are unfinished features"),
         ("pixels.json", "they are pixels"),
     ],
@@ -72,8 +72,31 @@ def test_what_other_commands_left_is_not_taken_for_a_source(tmp_path: Path, name
     path, _ = npy_beside(tmp_path / "clips", CLIPS)
     (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_text("{}")
+    if name.startswith("journal"):
+        (path / "plan.json").write_text("{}")
     with pytest.raises(DataError, match=expected):
         open_source(path)
+
+
+def test_a_source_may_have_names_that_commands_use_too(tmp_path: Path) -> None:
+    path, _ = npy_beside(tmp_path / "clips", CLIPS)
+    (path / "plan.json").write_text("{}")
+    (path / "parts").mkdir()
+    for file in path.glob("*.npy"):
+        file.rename(path / "parts" / file.name)
+    assert [clip.key for clip in open_source(path).listing().clips] == [f"parts/{key}" for key in CLIPS]
+
+
+def test_a_path_that_is_too_long_is_explained() -> None:
+    for kind in (None, "npy"):
+        with pytest.raises(DataError, match=r"source=.*cannot be read"):
+            open_source("x" * 5000, kind=kind)
+
+
+def test_rules_that_are_no_texts_are_explained(tmp_path: Path) -> None:
+    path, _ = npy_beside(tmp_path / "clips", CLIPS)
+    with pytest.raises(DataError, match="partition=1: a rule is a text"):
+        open_source(path, partitions=[1, 2])  # pyright: ignore[reportArgumentType]
 
 
 def test_a_tree_may_hold_other_files_of_its_clips(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.shard.tar import ShardWriter
 from data_pipeline.sources.base import Listing
 from data_pipeline.sources.open import open_source
-from tests.source_layouts import make_clips, npy_bytes, tars, write_tar
+from tests.source_layouts import make_clips, npy_bytes, tar_of_npz, tars, write_tar
 
 CLIPS = make_clips(3, fields=())
 
@@ -168,3 +171,41 @@ def test_a_member_with_a_bad_header_is_named(tmp_path: Path) -> None:
     assert [bad.reason.split(": ")[1] for bad in listing.bad] == ["clip_00001.features.npy", "clip_00002.actions.npy"]
     assert "it is truncated" in listing.bad[0].reason
     assert "this is an npz" in listing.bad[1].reason
+
+
+def test_what_looks_like_a_tar_and_is_not_read_is_reported(tmp_path: Path) -> None:
+    content = members(features="features.npy", actions="actions.npy")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write_tar(tmp_path / "a" / "b" / "x.tar", content)
+    for name in ("y.tar.gz", "a/z.TGZ", "a/w.TAR"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    listing = listed(tmp_path)
+    assert {clip.where.rpartition("/")[0] for clip in listing.clips} == {"a/b/x.tar"}
+    reasons = sorted(bad.reason.split(";")[0].split(",")[0] for bad in listing.bad)
+    assert reasons == [
+        "a/w.TAR: the names of tars end in .tar",
+        "a/z.TGZ: compressed tars cannot be read at any place",
+        "link: it is a link to a folder",
+        "y.tar.gz: compressed tars cannot be read at any place",
+    ]
+
+
+@pytest.mark.parametrize("kind", [tars, tar_of_npz])
+def test_listed_clips_are_read_without_walking_their_tars_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[..., tuple[Path, dict[str, Any]]]
+) -> None:
+    path, kwargs = kind(tmp_path / "clips", CLIPS)
+    source = open_source(path, **kwargs)
+    clips = source.listing().clips
+    fresh = pickle.loads(pickle.dumps(source))
+    found = fresh.read(clips[0])
+    walked: list[int] = []
+    monkeypatch.setattr("data_pipeline.sources.tars.samples", walked.append)
+    for each in (source, pickle.loads(pickle.dumps(source))):
+        for clip in clips:
+            arrays = each.read(clip)
+            for name, array in CLIPS[clip.key].items():
+                np.testing.assert_array_equal(arrays[name], array)
+    assert walked == []
+    np.testing.assert_array_equal(found["features"], CLIPS[clips[0].key]["features"])

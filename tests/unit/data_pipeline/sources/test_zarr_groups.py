@@ -28,7 +28,9 @@ def group(root: Path, version: int, **arrays: np.ndarray) -> Path:
 
     opened: Any = zarr.open_group(root, mode="w", zarr_format=3 if version == 3 else 2)
     for name, array in arrays.items():
-        opened.create_array(name, data=array, chunks=(1, *array.shape[1:]))
+        # Labels of zero are meant.
+        config = {"write_empty_chunks": array.ndim == 1}
+        opened.create_array(name, data=array, chunks=(1, *array.shape[1:]), config=config)
     return root
 
 
@@ -178,6 +180,40 @@ def test_a_pipe_in_place_of_a_chunk_does_not_hang(tmp_path: Path) -> None:
     assert bad.reason == "features[2]: its chunk 2.0.0.0 is not a regular file"
 
 
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("name", ["partition", "split", "length"])
+def test_a_label_whose_chunk_is_lost_or_a_pipe_is_refused(tmp_path: Path, version: int, name: str) -> None:
+    import zarr
+
+    labels = {"partition": np.array([1, 0, 0, 1]), "split": np.array([1, 0, 0, 1])}
+    root = padded(tmp_path / "g", version, 3, **labels)
+    opened: Any = zarr.open_group(root, mode="a")
+    opened.attrs.update({"partitions": ["base", "ice"], "splits": ["train", "heldout"]})
+    assert len(open_source(root).listing().clips) == 4
+    chunk = root / name / ("0" if version == 2 else "c/0")
+    chunk.unlink()
+    with pytest.raises(DataError, match=rf"source.{name}=.*its chunk .*0 is missing"):
+        open_source(root).listing()
+    assert open_source(root, options={"empty_chunks": True})
+    os.mkfifo(chunk)
+    with pytest.raises(DataError, match=rf"source.{name}=.*is not a regular file"):
+        open_source(root, options={"empty_chunks": True}).listing()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_labels_of_huge_texts_are_refused_before_they_are_allocated(tmp_path: Path, version: int) -> None:
+    root = padded(tmp_path / "g", version, 3, partition=np.array(["a", "b", "a", "b"]))
+    path = root / "partition" / (".zarray" if version == 2 else "zarr.json")
+    document = json.loads(path.read_text())
+    if version == 2:
+        document["dtype"] = "<U50000000"
+    else:
+        document["data_type"]["configuration"]["length_bytes"] = 200_000_000
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="each of its texts takes 200000000 bytes, more than 4096"):
+        open_source(root).listing()
+
+
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
     def edit(content: bytes) -> bytes:
         document = json.loads(content)
@@ -204,7 +240,8 @@ V2: list[tuple[Callable[[bytes], bytes], str]] = [
         edited(lambda d: d.update(shape=[5, 4, 1 << 20, 1 << 20], chunks=[1, 4, 1 << 16, 1 << 8])),
         "more than 4294967296",
     ),
-    (edited(lambda d: d.update(chunks=[1, 1 << 20, 1 << 10, 8])), "or are too large"),
+    (edited(lambda d: d.update(chunks=[1, 1 << 20, 1 << 10, 8])), "are too large"),
+    (edited(lambda d: d.update(chunks=[1 << 30, 4, 6, 8])), "are too large"),
     (edited(lambda d: d.update(shape=[1 << 39, 4, 6, 8])), "clips, more than 10000000"),
     (edited(lambda d: d.update(dimension_separator="../")), "neither . nor /"),
     (edited(lambda d: d.pop("chunks")), "its metadata lack something"),
@@ -222,6 +259,10 @@ V3: list[tuple[Callable[[bytes], bytes], str]] = [
     (edited(lambda d: d["chunk_grid"].update(name="rectangular")), "its chunk grid 'rectangular'"),
     (edited(lambda d: d.update(node_type="group")), "not a zarr array of format 2 or 3"),
     (edited(lambda d: d.update(codecs=None)), "its metadata lack something"),
+    (
+        edited(lambda d: d["chunk_grid"]["configuration"].update(chunk_shape=[1 << 30, 4, 6, 8])),
+        "are too large",
+    ),
 ]
 
 
