@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.cache import write_json
+from data_pipeline.cache import file_sha256, write_json
 from data_pipeline.dataset.consistency import (
     GROUP_FILES,
     MEAN_FRAME_FILE,
@@ -165,7 +165,7 @@ def file_problems(folder: Path, manifest: Manifest, field: str = "data.path") ->
         elif path.stat().st_size > most_bytes(manifest, name):
             rule = f"it has {path.stat().st_size} bytes, at most {most_bytes(manifest, name)} are possible"
             problems.append(Problem(field, path, rule, _MAKE_AGAIN))
-        elif _sha256(path) != sha256:
+        elif file_sha256(path) != sha256:
             problems.append(Problem(field, path, "its sha256 differs from the manifest", _MAKE_AGAIN))
     if not problems:
         problems = [
@@ -232,8 +232,3 @@ def _read_bounded(path: Path, field: str) -> bytes:
         rule = f"a manifest has at most {MAX_MANIFEST} bytes"
         raise DataError(Problem(field, path, f"has {size} bytes; {rule}", _MAKE_AGAIN))
     return path.read_bytes()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.cache import sync_folder
+from data_pipeline.cache import file_sha256, sync_path
 from data_pipeline.dataset.index_tars import read_tars
 from data_pipeline.dataset.manifest import SHARD_FOLDER
 from data_pipeline.dataset.samples import samples
@@ -18,7 +18,6 @@ from data_pipeline.dataset.tar_clips import TarClip, Unusable
 from data_pipeline.dataset.tar_listing import IndexSettings, ListedTars
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Manifest
-from data_pipeline.shard.journal import file_sha256
 from data_pipeline.shard.lock import PartLock
 from data_pipeline.shard.run import WHOLE, rebuild_shard
 from data_pipeline.shard.walk import BadTar, open_regular
@@ -140,7 +139,7 @@ def _put(made: Path, path: Path, sha256: str, name: str, otherwise: str, done: R
         done.failed[name] = otherwise
         return
     os.replace(made, path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
     done.names.append(name)
 
 

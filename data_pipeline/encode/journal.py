@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_pipeline.cache import sync_folder, write_bytes, write_json
+from data_pipeline.cache import sync_path, write_bytes, write_json
 from data_pipeline.encode.documents import FEATURES_FILE
 from data_pipeline.errors import DataError, Problem
 
@@ -188,14 +188,10 @@ class Part:
         folders = set()
         for record in self._pending:
             path = clip_path(self._out, record["partition"], record["key"])
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
             folders.add(path.parent)
         for folder in sorted(folders):
-            sync_folder(folder)
+            sync_path(folder)
         _append(self._file, "".join(map(_line, self._pending)).encode())
         self._pending.clear()
         self._flushed = time.monotonic()

@@ -6,7 +6,6 @@ rows of the index; SHARD.npz beside it, written before, holds its statistics. Al
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.cache import write_bytes
+from data_pipeline.cache import file_sha256, write_bytes
 from data_pipeline.dataset.index import Row
 from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER
 from data_pipeline.errors import DataError, Problem
@@ -227,9 +226,3 @@ def remove_statistics(out: Path, names: Iterable[str]) -> None:
     """Remove the statistics of shards once the data set has its own."""
     for name in names:
         (out / JOURNAL_FOLDER / f"{name}.npz").unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.cache import write_json
+from data_pipeline.cache import file_sha256, write_json
 from data_pipeline.dataset.fingerprint import fingerprint
 from data_pipeline.dataset.group_files import GROUP, GROUP_FILES, group_digest, write_group_files
 from data_pipeline.dataset.index import IndexWriter, Row
@@ -23,7 +23,6 @@ from data_pipeline.shard.journal import (
     Rounding,
     ShardRecord,
     WrittenClip,
-    file_sha256,
     is_complete,
     read_plan,
     read_record,

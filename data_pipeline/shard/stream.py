@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.cache import sync_folder
+from data_pipeline.cache import sync_path
 
 Piece = bytes | NDArray[np.uint8]
 _MAX_WRITEV = 512
@@ -58,7 +58,7 @@ class HashedFile:
         os.fsync(self._descriptor)
         self._close()
         self._temporary.rename(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         return self._sha256.hexdigest() if self._sha256 else ""
 
     def discard(self) -> None:

@@ -8,7 +8,6 @@ zarr's.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.cache import sync_folder
+from data_pipeline.cache import sync_path
 from data_pipeline.checksum import ChecksumName, checksum_function
 from data_pipeline.dataset.group_files import GROUP
 from data_pipeline.dataset.manifest import SHARD_FOLDER
@@ -125,24 +124,16 @@ def write_group(out: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None
             if path.is_file():
                 target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _sync_file(path)
+                sync_path(path)
                 path.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     # From the bottom up, so that what has a name is there: chunks were written into folders nobody has synced yet.
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
-            sync_folder(path)
-    sync_folder(folder)
-    sync_folder(folder.parent)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_path(path)
+    sync_path(folder)
+    sync_path(folder.parent)
 
 
 def _write_small(zarr: Any, folder: Path, plan: Plan, clips: Mapping[int, WrittenClip]) -> None:

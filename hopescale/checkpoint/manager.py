@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.optim import Optimizer
 
-from data_pipeline.cache import sync_folder
+from data_pipeline.cache import sync_path
 from hopescale import __version__
 from hopescale.errors import CheckpointError, Problem, UserError
 from hopescale.parallel.agreement import Together, decide_on_first
@@ -115,7 +115,7 @@ class CheckpointManager:
         }
         write_manifest(part, {**files, TENSORS_FILE: describe(part / TENSORS_FILE)}, content)
         part.rename(target)
-        sync_folder(self.root)
+        sync_path(self.root)
         try:
             for old in committed(self.root)[self.keep :]:
                 _remove([old.rename(old.with_name(old.name + ".trash"))])

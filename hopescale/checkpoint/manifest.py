@@ -5,26 +5,15 @@ Imports no torch, so that a verifier runs anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cache import write_json
+from data_pipeline.cache import file_sha256, write_json
 from hopescale.errors import CheckpointError, Problem
 
 MANIFEST_FILE = "MANIFEST.json"
 FORMAT = 1
-BLOCK_BYTES = 1 << 20
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def describe(path: Path) -> list[Any]:
