@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.checksum import ChecksumName, checksum_function, combined
+from data_pipeline.checksum import ChecksumName, checksum_function
 from data_pipeline.dataset.index import Row
 from data_pipeline.dataset.samples import samples
 from data_pipeline.dataset.spans import Span, SpanReader
@@ -21,7 +21,7 @@ from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.schema import ShardEntry, Split
 from data_pipeline.shard.convert import all_finite, first_not_finite
 from data_pipeline.shard.statistics import ROW_FIELDS, Statistics
-from data_pipeline.shard.tar import Payload
+from data_pipeline.shard.tar import measured
 from data_pipeline.shard.walk import open_regular
 
 _CHANGED = "it has changed while it was indexed"
@@ -118,16 +118,10 @@ class TarPass:
         return Statistics((tokens, channels), widths, self.partitions, self.sample_every, feature_type=kind)
 
     def _row(self, clip: TarClip, known: ListedClip, number: int, arrays: Mapping[str, np.ndarray]) -> Row:
-        payloads = {}
+        payloads, checksum = {}, checksum_function(self.checksum)
         for name, array in arrays.items():
             _check_finite(clip, name, array)
-            parts = tuple(map(checksum_function(self.checksum), _pieces(name, array)))
-            offset, nbytes = clip.places[name]
-            if name == "features":
-                whole = combined(self.checksum, parts, nbytes // len(parts))
-                payloads[name] = Payload(offset, nbytes, whole, parts)
-            else:
-                payloads[name] = Payload(offset, nbytes, parts[0])
+            payloads[name] = measured(self.checksum, checksum, clip.places[name][0], name, array)
         return Row(clip.key, number, clip.length, known.partition, known.split, clip.rows, payloads)
 
 
@@ -145,11 +139,6 @@ def _arrays(clip: TarClip, start: int, content: NDArray[np.uint8]) -> dict[str, 
         # Members of others may start anywhere in the buffer; torch wants numbers on their boundary.
         arrays[name] = (values if values.flags.aligned else values.copy()).reshape(spec.shape)
     return arrays
-
-
-def _pieces(name: str, array: np.ndarray) -> list[NDArray[np.uint8]]:
-    whole = array.reshape(-1).view(np.uint8)
-    return list(whole.reshape(len(array), -1)) if name == "features" else [whole]
 
 
 def _check_finite(clip: TarClip, name: str, array: np.ndarray) -> None:

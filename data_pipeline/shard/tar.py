@@ -51,22 +51,23 @@ def measured(
     name: ChecksumName,
     checksum: Callable[[NDArray[np.uint8]], int],
     offset: int,
-    values: NDArray[np.uint8],
-    frames: int,
+    field: str,
+    array: np.ndarray,
 ) -> Payload:
-    """Return where some values lie and their checksums.
+    """Return where the values of one field lie and their checksums: of the whole, and of each frame of features.
 
     Args:
         name: Of the checksum.
         checksum: The checksum.
         offset: Of the values in their shard.
-        values: Their bytes.
-        frames: Equally long pieces that get a checksum each, or 0.
+        field: The field.
+        array: Its values, C-ordered.
     """
-    if not frames:
+    values = array.reshape(-1).view(np.uint8)
+    if field != "features":
         return Payload(offset, len(values), checksum(values))
-    parts = tuple(checksum(frame) for frame in values.reshape(frames, -1))
-    return Payload(offset, len(values), combined(name, parts, len(values) // frames), parts)
+    parts = tuple(checksum(frame) for frame in values.reshape(len(array), -1))
+    return Payload(offset, len(values), combined(name, parts, len(values) // len(array)), parts)
 
 
 class ShardWriter:
@@ -114,8 +115,7 @@ class ShardWriter:
             values = array.reshape(-1).view(np.uint8)
             at = start + BLOCK
             header = npy_header(array.dtype.str, array.shape, at if field == ALIGNED_FIELD else None)
-            frames = len(array) if field == ALIGNED_FIELD else 0
-            payloads[field] = measured(self._checksum_name, self._checksum, at + len(header), values, frames)
+            payloads[field] = measured(self._checksum_name, self._checksum, at + len(header), field, array)
             start = self._lay(pieces, start, f"{key}.{field}.npy", header, values)
         self._file.write(pieces)
         self.num_clips += 1

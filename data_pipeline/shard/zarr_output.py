@@ -80,8 +80,7 @@ class ZarrShardWriter:
         payloads: dict[str, Payload] = {}
         for name, array in arrays.items():
             values, file = array.reshape(-1).view(np.uint8), self._files[name]
-            frames = len(array) if name == "features" else 0
-            payloads[name] = measured(self._checksum_name, self._checksum, self._first + place, values, frames)
+            payloads[name] = measured(self._checksum_name, self._checksum, self._first + place, name, array)
             self._index[name][place] = (file.num_bytes, self._chunks[name])
             file.write([values, bytes(self._chunks[name] - len(values))])
         self.num_clips += 1
