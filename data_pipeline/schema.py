@@ -19,6 +19,19 @@ LEAKY_ENCODE_MODES: tuple[str, ...] = ("clip", "unknown")
 MANIFEST_FORMAT = 2
 FIELDS = ("actions", "extrinsics", "features", "features_scale", "states")
 """Every field a clip may have, as its members are named. features_scale is the f32 `[E]` of int8 features."""
+ROW_FIELDS = ("actions", "extrinsics", "states")
+"""Fields with a row of numbers a frame or transition."""
+
+
+def row_shape(field: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of one frame or row of a field; all of features_scale, which has neither.
+
+    Args:
+        field: One of `FIELDS`.
+        shape: Of the whole field.
+    """
+    return shape if field == "features_scale" else shape[1:]
+
 
 StoredName = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"]
 
@@ -271,3 +284,25 @@ class Manifest:
     partitions: dict[str, dict[str, int]]
     shards: tuple[ShardEntry, ...]
     files: dict[str, str]
+
+    def row_shape(self, field: str) -> tuple[int, ...]:
+        """Return the shape of one frame or row of a field; all of features_scale, which has neither."""
+        return {
+            "actions": (self.action_dim,),
+            "extrinsics": (self.extrinsics_dim,),
+            "features": (self.tokens, self.encoder_dim),
+            "features_scale": (self.encoder_dim,),
+            "states": (self.state_dim,),
+        }[field]
+
+    def shape(self, field: str, length: int, rows: int) -> tuple[int, ...]:
+        """Return the shape of a field of one clip.
+
+        Args:
+            field: One of `FIELDS`.
+            length: Stored frames of the clip.
+            rows: Its recorded rows of actions.
+        """
+        if field == "features_scale":
+            return self.row_shape(field)
+        return ({"actions": rows, "extrinsics": length - 1}.get(field, length), *self.row_shape(field))

@@ -48,18 +48,11 @@ def fingerprint(
 
 def index_fingerprint(index: Index, manifest: Manifest) -> str:
     """Return the fingerprint that a data set's index and provenance make."""
-    widths = {
-        "actions": (manifest.action_dim,),
-        "extrinsics": (manifest.extrinsics_dim,),
-        "features": (manifest.tokens, manifest.encoder_dim),
-        "features_scale": (manifest.encoder_dim,),
-        "states": (manifest.state_dim,),
-    }
     return fingerprint(
         index.rows(),
         provenance=manifest.provenance,
         partitions=manifest.partitions,
         dtypes=manifest.dtypes,
-        widths=widths,
+        widths={name: manifest.row_shape(name) for name in manifest.dtypes},
         checksum=manifest.checksum,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksum import ChecksumName, best_checksum
-from data_pipeline.dataset.fingerprint import fingerprint
 from data_pipeline.dataset.index import FIELD_COLUMNS, INDEX_FOLDER, IndexWriter, Row
 from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER, load_manifest, read_manifest, write_manifest
+from data_pipeline.dataset.new_manifest import new_manifest
 from data_pipeline.dataset.spans import SpanReader
 from data_pipeline.dataset.tar_clips import Unusable
 from data_pipeline.dataset.tar_listing import COPY_AGAIN, IndexSettings, ListedTars, list_tars
 from data_pipeline.dataset.tar_pass import IndexedTar, ListedClip, TarPass
 from data_pipeline.errors import DataError, Problem
-from data_pipeline.schema import FIELDS, MANIFEST_FORMAT, SPLITS, Manifest, ShardEntry
+from data_pipeline.schema import FIELDS, Manifest, ShardEntry, row_shape
 from data_pipeline.shard.statistics import Summary, merged
 from data_pipeline.shard.walk import BadTar
 from data_pipeline.sources.stored import reason
@@ -111,38 +110,21 @@ def read_tars(
     index = IndexWriter(tuple(sorted(like.specs)))
     for row in rows:
         index.add(row)
-    widths = {name: spec.shape if name == "features_scale" else spec.shape[1:] for name, spec in like.specs.items()}
     dtypes: dict[str, Any] = {name: like.specs[name].dtype for name in sorted(like.specs)}
-    counts = Counter((row.partition, row.split) for row in rows)
-    partitions = {name: {s: counts[code, s] for s in SPLITS} for code, name in enumerate(listed.partitions)}
-    manifest = Manifest(
-        format=MANIFEST_FORMAT,
-        fingerprint=fingerprint(
-            rows,
-            provenance=listed.provenance,
-            partitions=listed.partitions,
-            dtypes=dtypes,
-            widths=widths,
-            checksum=one.checksum,
-        ),
-        num_clips=len(rows),
-        frames=max(listed.lengths),
-        tokens=widths["features"][0],
-        encoder_dim=widths["features"][1],
-        action_dim=widths["actions"][0],
-        state_dim=widths.get("states", (0,))[0],
-        extrinsics_dim=widths.get("extrinsics", (0,))[0],
+    manifest = new_manifest(
+        rows,
+        widths={name: row_shape(name, spec.shape) for name, spec in like.specs.items()},
         dtypes=dtypes,
+        partitions=listed.partitions,
+        provenance=listed.provenance,
         action_alignment=listed.action_alignment,
         checksum=one.checksum,
         container="tar",
         shard_folder=".",
         seed=0,
-        statistics_share=1 / every,
+        sample_every=every,
         conversion=None,
-        provenance=listed.provenance,
-        partitions=partitions,
-        shards=tuple(shards),
+        shards=shards,
         files={},
     )
     return manifest, index, summary

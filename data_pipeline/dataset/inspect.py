@@ -124,14 +124,7 @@ class InspectedDataset:
 
     def shape(self, row: Row, name: str) -> tuple[int, ...]:
         """Return the shape of one field of a clip."""
-        manifest = self.manifest
-        return {
-            "actions": (row.rows, manifest.action_dim),
-            "extrinsics": (row.length - 1, manifest.extrinsics_dim),
-            "features": (row.length, manifest.tokens, manifest.encoder_dim),
-            "features_scale": (manifest.encoder_dim,),
-            "states": (row.length, manifest.state_dim),
-        }[name]
+        return self.manifest.shape(name, row.length, row.rows)
 
 
 def describe(dataset: InspectedDataset) -> dict[str, Any]:
@@ -225,11 +218,10 @@ def _statistics_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the arrays that are described, by name."""
     shapes: dict[str, tuple[int, ...]] = {"channel_count": ()}
     shapes |= dict.fromkeys(("channel_mean", "channel_std", "channel_absmax"), (manifest.encoder_dim,))
-    widths = (manifest.action_dim, manifest.state_dim, manifest.extrinsics_dim)
-    for name, width in zip(_ROW_FIELDS, widths, strict=True):
-        partitions = len(manifest.partitions)
+    partitions = len(manifest.partitions)
+    for name in _ROW_FIELDS:
         shapes[f"{name}_count"] = (partitions,)
-        shapes |= {f"{name}_{part}": (partitions, width) for part in ("mean", "std", "min", "max")}
+        shapes |= {f"{name}_{part}": (partitions, *manifest.row_shape(name)) for part in ("mean", "std", "min", "max")}
     return shapes
 
 

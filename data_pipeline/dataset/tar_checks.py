@@ -94,19 +94,9 @@ class _TarCheck:
             yield "its values end elsewhere", self._places.end(row, name), member.offset + member.size
         if header.descr != stored.descr:
             yield "its header has another type", stored.descr, header.descr
-        wanted = self._shape(row, name)
+        wanted = self._manifest.shape(name, int(self._places.lengths[row]), int(self._places.recorded[row]))
         if header.shape != wanted and not (name == "features" and self._is_other_layout(header, wanted)):
             yield "its header has another shape", str(list(wanted)), str(list(header.shape))
-
-    def _shape(self, row: int, name: str) -> tuple[int, ...]:
-        manifest, length = self._manifest, int(self._places.lengths[row])
-        return {
-            "actions": (int(self._places.recorded[row]), manifest.action_dim),
-            "extrinsics": (length - 1, manifest.extrinsics_dim),
-            "features": (length, manifest.tokens, manifest.encoder_dim),
-            "features_scale": (manifest.encoder_dim,),
-            "states": (length, manifest.state_dim),
-        }[name]
 
     def _is_other_layout(self, header: NpyHeader, wanted: tuple[int, ...]) -> bool:
         """Return whether features of somebody else's tar are these, as `[F * N, E]` or `[F, H, W, E]`."""

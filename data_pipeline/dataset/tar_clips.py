@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.alignment import ALIGNMENTS, ActionAlignment
 from data_pipeline.dataset.samples import Sample, read_header, read_meta
 from data_pipeline.dtypes import STORED_TYPES
-from data_pipeline.schema import FIELDS, SPLITS, EncodeMode
+from data_pipeline.schema import FIELDS, SPLITS, EncodeMode, row_shape
 from data_pipeline.shard.npy import NpyHeader
 from data_pipeline.shard.walk import Member
 from data_pipeline.sources.agreement import key_problem
@@ -64,12 +64,6 @@ class TarClip:
         """Recorded rows of actions."""
         return self.specs["actions"].shape[0]
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What all clips of a data set have in common."""
-        widths = ((name, self.specs[name].dtype, self._width(name)) for name in sorted(self.specs))
-        return (*widths, self.grid)
-
     def difference(self, other: TarClip) -> str:
         """Return what the first difference of kind to another clip is, or an empty text."""
         for name in sorted({*self.specs, *other.specs}):
@@ -77,15 +71,11 @@ class TarClip:
                 return f"it has no {name}, which {other.key} has"
             if name not in other.specs:
                 return f"it has {name}, which {other.key} has not"
-            mine, theirs = ((clip.specs[name].dtype, clip._width(name)) for clip in (self, other))
+            mine, theirs = ((clip.specs[name].dtype, row_shape(name, clip.specs[name].shape)) for clip in (self, other))
             if mine != theirs:
                 shown = [f"{dtype} with widths {list(width)}" for dtype, width in (mine, theirs)]
                 return f"its {name} are {shown[0]}, those of {other.key} {shown[1]}"
         return "" if self.grid == other.grid else f"its tokens lie in {self.grid}, those of {other.key} in {other.grid}"
-
-    def _width(self, name: str) -> tuple[int, ...]:
-        shape = self.specs[name].shape
-        return shape if name == "features_scale" else shape[1:]
 
 
 class Unusable(ValueError):

@@ -18,14 +18,15 @@ from data_pipeline.dataset.tar_clips import TarClip, TarLayout, Unusable
 from data_pipeline.dataset.tar_pass import ListedClip
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import DataError, Problem, nearest
-from data_pipeline.schema import FIELDS, SPLITS, EncodeMode, Provenance
+from data_pipeline.schema import FIELDS, EncodeMode, Provenance
 from data_pipeline.shard.plan import SMALL_SOURCE
-from data_pipeline.shard.statistics import SAMPLE_EVERY
+from data_pipeline.shard.statistics import SAMPLE_EVERY, phases
 from data_pipeline.shard.walk import BadTar, open_regular
 from data_pipeline.sources.agreement import check_keys
 from data_pipeline.sources.base import Listing, SourceClip
 from data_pipeline.sources.labels import labels
 from data_pipeline.sources.layout import FEATURES_DTYPES
+from data_pipeline.sources.provenance import likely_grid
 from data_pipeline.sources.stored import printable, reason
 from data_pipeline.sources.tar_files import find_tars
 
@@ -144,17 +145,13 @@ class ListedTars:
     def listed(self) -> Iterator[tuple[str, list[ListedClip]]]:
         """Yield each tar's name and clips."""
         number = {name: code for code, name in enumerate(self.partitions)}
-        phases, seen = [0] * len(self.clips), dict.fromkeys(SPLITS, 0)
-        for row in sorted(range(len(self.clips)), key=lambda row: self.clips[row].key):
-            split = self.clips[row].split or "train"
-            phases[row] = seen[split]
-            seen[split] += self.lengths[row]
+        known = zip(self.clips, self.lengths, strict=True)
+        before = phases((clip.key, clip.split or "train", frames) for clip, frames in known)
+        listed = [ListedClip(c.key, number[c.partition], c.split or "train", before[c.key]) for c in self.clips]
         start = 0
         for name, count in self.tars.items():
-            rows = range(start, start + count)
+            yield name, listed[start : start + count]
             start += count
-            chosen = [(self.clips[row], phases[row]) for row in rows]
-            yield name, [ListedClip(c.key, number[c.partition], c.split or "train", phase) for c, phase in chosen]
 
 
 def list_tars(folder: Path, settings: IndexSettings) -> ListedTars:
@@ -258,9 +255,7 @@ class _Look:
 
 
 def _provenance(like: TarClip, encoder: str, encode_mode: EncodeMode) -> Provenance:
-    tokens = like.specs["features"].shape[1]
-    side = math.isqrt(tokens)
-    grid = like.grid or ((side, side) if side * side == tokens else (1, tokens))
+    grid = like.grid or likely_grid(like.specs["features"].shape[1])
     return Provenance(encoder, "", encode_mode, "unknown", grid, "", "", SOURCE)
 
 

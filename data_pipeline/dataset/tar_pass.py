@@ -18,9 +18,9 @@ from data_pipeline.dataset.samples import samples
 from data_pipeline.dataset.spans import Span, SpanReader
 from data_pipeline.dataset.tar_clips import TarClip, TarLayout, Unusable
 from data_pipeline.dtypes import STORED_TYPES
-from data_pipeline.schema import ShardEntry, Split
+from data_pipeline.schema import ROW_FIELDS, ShardEntry, Split
 from data_pipeline.shard.convert import all_finite, first_not_finite
-from data_pipeline.shard.statistics import ROW_FIELDS, Statistics
+from data_pipeline.shard.statistics import Statistics
 from data_pipeline.shard.tar import measured
 from data_pipeline.shard.walk import open_regular
 

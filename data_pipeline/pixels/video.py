@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, Problem, missing_extra
+from data_pipeline.schema import ROW_FIELDS
 from data_pipeline.sources.npy_file import read_npy
 from data_pipeline.sources.stored import reason
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 """Files that are taken for videos even when no actions lie beside them, so that missing actions are named."""
 
-ROW_FIELDS = ("actions", "extrinsics", "states")
 _MP4_BOXES = (
     b"ftyp",
     b"free",

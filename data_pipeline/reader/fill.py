@@ -25,14 +25,13 @@ from data_pipeline.reader.counters import Counters
 from data_pipeline.reader.global_order import Places
 from data_pipeline.reader.layout import BatchLayout
 from data_pipeline.reader.shard_reads import ByteRange, OpenShards, ShortRead, runs
-from data_pipeline.schema import Manifest, ReaderConfig
+from data_pipeline.schema import ROW_FIELDS, Manifest, ReaderConfig
 
 RETRIES = 2
 RETRY_SECONDS = (0.0, 0.01, 0.1)
 """Pauses before a clip is read again: a file server may need a moment."""
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _SUBSTITUTE = 0x53554253
-_SMALL = ("actions", "states", "extrinsics")
 
 
 class BadClip(Exception):
@@ -121,8 +120,7 @@ class ClipFields:
         clip, start, length = self.view.clips[row], int(self.view.starts[row]), int(self.view.lengths[row])
         stored = int(self._stored[clip])
         kind = STORED_TYPES[self.manifest.dtypes[name]]
-        count = {"actions": int(self._rows[clip]), "states": stored, "extrinsics": stored - 1}[name]
-        values = content.view(kind.numpy).reshape(count, -1)
+        values = content.view(kind.numpy).reshape(self.manifest.shape(name, stored, int(self._rows[clip])))
         if name == "actions":
             values = aligned(values, alignment, stored)
         transitions = length if name == "states" else length - 1
@@ -343,7 +341,7 @@ class BatchFiller:
             self.layout.clip_bytes(block, "features", number)[len(read) :] = 0
         else:
             self._decode(block, number, read, reading.ranges.get("features_scale"))
-        for name in _SMALL:
+        for name in ROW_FIELDS:
             if name in self.layout.shapes:
                 target = self.layout.clip_array(block, name, number)
                 values = self.fields.small(reading.row, name, reading.ranges[name].target, self.alignment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.cache import file_sha256, write_json
-from data_pipeline.dataset.fingerprint import fingerprint
 from data_pipeline.dataset.group_files import GROUP, GROUP_FILES, group_digest, write_group_files
 from data_pipeline.dataset.index import IndexWriter, Row
 from data_pipeline.dataset.manifest import MANIFEST_FILE, SHARD_FOLDER, load_manifest, write_manifest
+from data_pipeline.dataset.new_manifest import new_manifest
 from data_pipeline.errors import DataError, Problem
-from data_pipeline.schema import MANIFEST_FORMAT, SPLITS, Conversion, Manifest, ShardEntry, StoredName
+from data_pipeline.schema import Conversion, Manifest, ShardEntry
 from data_pipeline.shard.convert import Deviation
 from data_pipeline.shard.journal import (
     JOURNAL_FOLDER,
@@ -204,38 +203,19 @@ def _manifest(
     files: dict[str, str],
     conversion: Conversion | None,
 ) -> Manifest:
-    widths = {name: planned.shape for name, planned in plan.fields.items()}
-    dtypes: dict[str, StoredName] = {name: planned.stored for name, planned in plan.fields.items()}
-    counts = Counter((row.partition, row.split) for row in rows)
-    return Manifest(
-        format=MANIFEST_FORMAT,
-        fingerprint=fingerprint(
-            rows,
-            provenance=plan.provenance,
-            partitions=plan.partitions,
-            dtypes=dtypes,
-            widths=widths,
-            checksum=plan.checksum,
-        ),
-        num_clips=len(rows),
-        frames=max(row.length for row in rows),
-        tokens=widths["features"][0],
-        encoder_dim=widths["features"][1],
-        action_dim=widths["actions"][0],
-        state_dim=widths.get("states", (0,))[0],
-        extrinsics_dim=widths.get("extrinsics", (0,))[0],
-        dtypes=dtypes,
+    return new_manifest(
+        rows,
+        widths={name: planned.shape for name, planned in plan.fields.items()},
+        dtypes={name: planned.stored for name, planned in plan.fields.items()},
+        partitions=plan.partitions,
+        provenance=plan.provenance,
         action_alignment=plan.action_alignment,
         checksum=plan.checksum,
         container=plan.settings.format,
         shard_folder=SHARD_FOLDER,
         seed=plan.settings.seed,
-        statistics_share=1 / plan.sample_every,
+        sample_every=plan.sample_every,
         conversion=conversion,
-        provenance=plan.provenance,
-        partitions={
-            name: {split: counts[number, split] for split in SPLITS} for number, name in enumerate(plan.partitions)
-        },
         shards=shards,
         files=files,
     )

@@ -19,12 +19,14 @@ from data_pipeline.dataset.manifest import MAX_MANIFEST
 from data_pipeline.dtypes import SCALED, STORED_TYPES
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.order import ceil_div, mix64, uid
-from data_pipeline.schema import FIELDS, SPLITS, Provenance, StoredName
+from data_pipeline.schema import FIELDS, SPLITS, Provenance, StoredName, row_shape
 from data_pipeline.shard.convert import FEATURE_TYPES, INTEGERS, FeatureType
-from data_pipeline.shard.statistics import SAMPLE_EVERY
+from data_pipeline.shard.statistics import SAMPLE_EVERY, phases
 from data_pipeline.shard.tar import KEY_RULE, is_valid_key
 from data_pipeline.sources.base import Listing, SkippedClip, SourceClip, SourceProvenance
+from data_pipeline.sources.provenance import likely_grid
 
+SKIP_OR_REPAIR = "repair the clip, or leave such clips out with on_error=skip"
 PLAN_FORMAT = 2
 """Of plan.json and of the journal beside it."""
 
@@ -209,8 +211,8 @@ def make_plan(
     """
     clips, bad = _usable(listing, provenance.action_alignment)
     if bad and on_error == "fail":
-        problems = [Problem("source", f"clip {clip.key}", clip.reason, _FIX) for clip in bad]
-        more = [Problem("source", source.path, f"{len(bad)} clips in all cannot be used", _FIX)]
+        problems = [Problem("source", f"clip {clip.key}", clip.reason, SKIP_OR_REPAIR) for clip in bad]
+        more = [Problem("source", source.path, f"{len(bad)} clips in all cannot be used", SKIP_OR_REPAIR)]
         raise DataError(problems if len(bad) <= _MAX_SHOWN else problems[: _MAX_SHOWN - 1] + more)
     if not clips:
         rule = f"lists no clips that can be used{f': {bad[0].reason}' if bad else ''}"
@@ -222,10 +224,10 @@ def make_plan(
     partitions = tuple(dict.fromkeys(clip.partition for clip in clips))
     if len(partitions) > _MAX_PARTITIONS:
         raise DataError(Problem("source", len(partitions), f"has more than {_MAX_PARTITIONS} partitions", "merge some"))
-    phases = _phases(clips)
+    before = phases((clip.key, clip.split or "train", clip.length) for clip in clips)
     number = {name: row for row, name in enumerate(partitions)}
     work = tuple(
-        tuple(PlannedClip(clip, number[clip.partition], phases[clip.key]) for clip in some) for some in ordered
+        tuple(PlannedClip(clip, number[clip.partition], before[clip.key]) for clip in some) for some in ordered
     )
     plan = Plan(
         format=PLAN_FORMAT,
@@ -312,9 +314,6 @@ def payload_bytes(plan: Plan, clips: Iterable[SourceClip]) -> int:
     return sum(_stored_bytes(clip, plan.fields) for clip in clips)
 
 
-_FIX = "repair the clip, or leave such clips out with on_error=skip"
-
-
 def _usable(listing: Listing, alignment: ActionAlignment) -> tuple[list[SourceClip], list[SkippedClip]]:
     bad = list(listing.bad)
     counts = Counter(clip.key for clip in listing.clips)
@@ -387,7 +386,7 @@ def _fields(clip: SourceClip, dtype: FeatureType) -> dict[str, PlannedField]:
                 kind = "integers" if spec.dtype in INTEGERS else spec.dtype
                 rule = f"the features are {spec.dtype}, and {kind} cannot be stored as they are"
                 raise DataError(Problem("dtype", dtype, rule, "set dtype=float32, or float16 for half the size"))
-        fields[name] = PlannedField(spec.dtype, stored, spec.shape if name == "features_scale" else spec.shape[1:])
+        fields[name] = PlannedField(spec.dtype, stored, row_shape(name, spec.shape))
     if dtype == SCALED and "features_scale" not in fields:
         fields["features_scale"] = PlannedField("", "float32", (fields["features"].shape[1],))
     return dict(sorted(fields.items()))
@@ -442,19 +441,8 @@ def shuffled(clips: Sequence[SourceClip], seed: int) -> list[SourceClip]:
     return [clips[row] for row in np.argsort(mix64(uids, seed), kind="stable")]
 
 
-def _phases(clips: Sequence[SourceClip]) -> dict[str, int]:
-    phases: dict[str, int] = {}
-    frames = dict.fromkeys(SPLITS, 0)
-    for clip in sorted(clips, key=lambda clip: clip.key):
-        split = clip.split or "train"
-        phases[clip.key] = frames[split]
-        frames[split] += clip.length
-    return phases
-
-
 def _provenance(source: SourceProvenance, kind: str, tokens: int) -> Provenance:
-    side = math.isqrt(tokens)
-    grid = source.grid or ((side, side) if side * side == tokens else (1, tokens))
+    grid = source.grid or likely_grid(tokens)
     if grid[0] * grid[1] != tokens:
         rule = f"a frame of the source has {tokens} tokens"
         raise DataError(Problem("provenance.grid", list(grid), rule, "correct it, or leave it out"))

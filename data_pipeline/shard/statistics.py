@@ -23,18 +23,30 @@ from data_pipeline.cache import write_bytes
 from data_pipeline.dataset.index import save_array
 from data_pipeline.dataset.manifest import MEAN_FRAME_FILE, STATISTICS_FILE
 from data_pipeline.order import mix64
+from data_pipeline.schema import ROW_FIELDS, SPLITS
 from data_pipeline.shard.convert import as_float32, as_float64, layer_norm, tensor
 
 SAMPLE_EVERY = 8
 """A sample holds one of so many (frame, token) pairs."""
 
-ROW_FIELDS = ("actions", "extrinsics", "states")
-"""Fields that are summarised for each partition."""
-
 _SAMPLE_WORD = 0x53414D504C45
 _BLOCK_VALUES = 1 << 18
 _ROWS_AT_ONCE = 512
 Parts = Mapping[str, np.ndarray]
+
+
+def phases(clips: Iterable[tuple[str, str, int]]) -> dict[str, int]:
+    """Return for each key the frames of the clips of its split whose keys sort before it: where a sample goes on.
+
+    Args:
+        clips: Key, split and frames of each.
+    """
+    found: dict[str, int] = {}
+    seen = dict.fromkeys(SPLITS, 0)
+    for key, split, frames in sorted(clips):
+        found[key] = seen[split]
+        seen[split] += frames
+    return found
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from data_pipeline.dataset.manifest import SHARD_FOLDER
 from data_pipeline.dtypes import STORED_TYPES
 from data_pipeline.errors import DataError, Problem
+from data_pipeline.schema import ROW_FIELDS
 from data_pipeline.shard.convert import (
     LARGEST,
     Converted,
@@ -28,8 +29,8 @@ from data_pipeline.shard.convert import (
     rounded,
 )
 from data_pipeline.shard.journal import Rounding, ShardRecord, WrittenClip, WrittenFile, write_record
-from data_pipeline.shard.plan import OnError, Plan, PlannedClip
-from data_pipeline.shard.statistics import ROW_FIELDS, Statistics, frame_blocks, sampled, token_groups
+from data_pipeline.shard.plan import SKIP_OR_REPAIR, OnError, Plan, PlannedClip
+from data_pipeline.shard.statistics import Statistics, frame_blocks, sampled, token_groups
 from data_pipeline.shard.tar import Payload, ShardWriter
 from data_pipeline.shard.zarr_output import ZarrShardWriter
 from data_pipeline.sources.base import SkippedClip, Source, SourceClip
@@ -52,7 +53,6 @@ _DISK_ERRORS = {
     errno.ENFILE,
     errno.ENOMEM,
 }
-_FIX = "repair the clip, or leave such clips out with on_error=skip"
 
 
 @dataclass(frozen=True)
@@ -318,5 +318,5 @@ def _numpy_type(name: str) -> np.dtype:
     return np.dtype(name) if stored is None else stored.numpy
 
 
-def _unusable(clip: SourceClip, rule: str, fix: str = _FIX) -> DataError:
+def _unusable(clip: SourceClip, rule: str, fix: str = SKIP_OR_REPAIR) -> DataError:
     return DataError(Problem("source", f"{clip.where}, clip {clip.key}", f"{rule}", fix))

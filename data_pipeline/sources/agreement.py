@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.order import uid
+from data_pipeline.schema import row_shape
 from data_pipeline.shard.tar import KEY_RULE, is_valid_key
 from data_pipeline.sources.base import ArraySpec, SkippedClip, SourceClip
 from data_pipeline.sources.layout import Grid
@@ -97,11 +98,7 @@ def agreeing(
 
 
 def _kind(arrays: Mapping[str, ArraySpec]) -> Hashable:
-    return tuple((name, arrays[name].dtype, _widths(name, arrays[name])) for name in sorted(arrays))
-
-
-def _widths(field: str, spec: ArraySpec) -> tuple[int, ...]:
-    return spec.shape if field == "features_scale" else spec.shape[1:]
+    return tuple((name, arrays[name].dtype, row_shape(name, arrays[name].shape)) for name in sorted(arrays))
 
 
 def _difference(clip: SourceClip, like: SourceClip) -> str:
@@ -111,7 +108,7 @@ def _difference(clip: SourceClip, like: SourceClip) -> str:
             return f"it has no {field}"
         if theirs is None:
             return f"it has {field}; there should be none"
-        if (mine.dtype, _widths(field, mine)) != (theirs.dtype, _widths(field, theirs)):
+        if (mine.dtype, row_shape(field, mine.shape)) != (theirs.dtype, row_shape(field, theirs.shape)):
             return f"{field} are {_text(field, mine)}, not {_text(field, theirs)}"
     return ""
 
@@ -125,7 +122,7 @@ def _other_traits(mine: Traits, theirs: Traits) -> str:
 
 
 def _text(field: str, spec: ArraySpec) -> str:
-    sizes = [*([] if field == "features_scale" else ["rows"]), *map(str, _widths(field, spec))]
+    sizes = [*([] if field == "features_scale" else ["rows"]), *map(str, row_shape(field, spec.shape))]
     return f"{spec.dtype} [{', '.join(sizes)}]"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -68,6 +69,12 @@ def stated_by(document: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"{name} is {str(value)[:_MAX_TEXT]!r}, not {wanted}")
         found[name] = value
     return found
+
+
+def likely_grid(tokens: int) -> tuple[int, int]:
+    """Return the rows and columns of tokens where nobody states them: a square if it can be one."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else (1, tokens)
 
 
 def combined(stated: Mapping[str, Any], given: SourceProvenance, where: object) -> SourceProvenance:
