@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,12 +60,6 @@ class Row:
     split: str
     rows: int
     payloads: Mapping[str, Payload]
-
-
-def index_files(dtypes: Iterable[str]) -> list[str]:
-    """Return the relative paths of all files of an index with some fields."""
-    columns = [*COLUMNS, FRAME_COLUMN, *(f"{name}_{part}" for name in dtypes for part in FIELD_COLUMNS)]
-    return [*sorted(f"{INDEX_FOLDER}/{column}.npy" for column in columns), KEYS_FILE]
 
 
 @dataclass

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from data_pipeline.sources.provenance import stated_by
 from data_pipeline.sources.stored import NpyArray, NpzArray, StoredArray, parse_json, read_small, reason
 from data_pipeline.sources.tar_files import TarFiles, find_tars
 
-_KEPT_TARS = 4
 _ARCHIVE = -1
 _MOST_EXTENSIONS = 2
 Members = dict[int, tuple[int, int]]
@@ -55,13 +53,6 @@ class TarShards(ClipSource):
     archive: str = "npz"
 
     kind = "tars"
-    _samples: OrderedDict[str, dict[str, Sample]] = field(
-        default_factory=OrderedDict, init=False, repr=False, compare=False
-    )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the tars walked so far: listed clips say their places themselves."""
-        return {**self.__dict__, "_samples": OrderedDict()}
 
     def found(self) -> Iterable[FoundClip]:
         """See `ClipSource`."""
@@ -80,17 +71,7 @@ class TarShards(ClipSource):
         """See `ClipSource`."""
         tar = clip.where[: -len(clip.key) - 1]
         try:
-            if clip.places:
-                return self._stored(tar, _members(clip.places), clip.key)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(clip, reason(error)) from error
-        if tar not in self._samples:
-            self._samples[tar] = {sample.key: sample for sample in self._walk(tar)}
-            if len(self._samples) > _KEPT_TARS:
-                self._samples.popitem(last=False)
-        try:
-            sample = self._samples[tar].get(clip.key, Sample(clip.key))
-            return self._stored(tar, self._chosen(sample), clip.key)
+            return self._stored(tar, _members(clip.places), clip.key)
         except (OSError, ValueError) as error:
             raise self._unreadable(clip, reason(error)) from error
 
