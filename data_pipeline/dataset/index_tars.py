@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace as changed
 from pathlib import Path
@@ -22,14 +20,12 @@ from data_pipeline.dataset.spans import SpanReader
 from data_pipeline.dataset.tar_clips import Unusable
 from data_pipeline.dataset.tar_listing import COPY_AGAIN, IndexSettings, ListedTars, list_tars
 from data_pipeline.dataset.tar_pass import IndexedTar, ListedClip, TarPass
+from data_pipeline.dataset.threads import Progress, check_workers, in_order, ticks
 from data_pipeline.errors import DataError, Problem
 from data_pipeline.schema import FIELDS, Manifest, ShardEntry, row_shape
 from data_pipeline.shard.statistics import Summary, merged
 from data_pipeline.shard.walk import BadTar
 from data_pipeline.sources.stored import reason
-
-Progress = Callable[[int, int], None]
-MAX_WORKERS = 256
 
 
 def index_tars(
@@ -59,8 +55,7 @@ def index_tars(
         DataError: Names each tar, sample and member that cannot be indexed as it is (up to 20), and what to do.
     """
     settings = settings or IndexSettings()
-    if not 1 <= workers <= MAX_WORKERS:
-        raise DataError(Problem("workers", workers, f"must be 1 to {MAX_WORKERS}", "use the number of cores"))
+    check_workers(workers)
     with _alone(folder):
         _check_folder(folder, replace)
         listed = list_tars(folder, settings)
@@ -131,33 +126,18 @@ def read_tars(
 
 
 def _passes(one: TarPass, listed: ListedTars, workers: int, progress: Progress | None) -> Iterator[IndexedTar]:
-    own, lock, done = threading.local(), threading.Lock(), 0
+    tick = ticks(progress, len(listed.clips))
 
-    def tick(clips: int) -> None:
-        nonlocal done
-        with lock:
-            done += clips
-            if progress is not None:
-                progress(done, len(listed.clips))
-
-    def run(number: int, name: str, listed: list[ListedClip]) -> IndexedTar:
-        if not hasattr(own, "reader"):
-            own.reader = SpanReader()
+    def run(tar: tuple[int, tuple[str, list[ListedClip]]], reader: SpanReader) -> IndexedTar:
+        number, (name, clips) = tar
         try:
-            return one.run(name, number, listed, own.reader, tick)
+            return one.run(name, number, clips, reader, tick)
         except Unusable as error:
             raise DataError(Problem("tars", name, str(error), error.fix)) from error
         except (OSError, BadTar) as error:
             raise DataError(Problem("tars", name, reason(error), COPY_AGAIN)) from error
 
-    with ThreadPoolExecutor(workers) as threads:
-        waiting = [threads.submit(run, number, *tar) for number, tar in enumerate(listed.listed())]
-        try:
-            for future in waiting:
-                yield future.result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    return in_order(run, enumerate(listed.listed()), workers)
 
 
 def _check_folder(folder: Path, replace: bool) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +16,10 @@ from data_pipeline.dataset.places import ClipPlaces
 from data_pipeline.dataset.repair import repair as repair_files
 from data_pipeline.dataset.shard_checks import LEVELS, Level, ShardCheck
 from data_pipeline.dataset.spans import SpanReader
+from data_pipeline.dataset.threads import Progress, check_workers, in_order, ticks
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.schema import Manifest
 from data_pipeline.sources.stored import printable
-
-Progress = Callable[[int, int], None]
-MAX_WORKERS = 256
 
 
 def verify(
@@ -60,8 +55,7 @@ def verify(
     """
     if level not in LEVELS:
         raise DataError(Problem("level", level, "no such level", nearest(str(level), LEVELS)))
-    if not 1 <= workers <= MAX_WORKERS:
-        raise DataError(Problem("workers", workers, f"must be 1 to {MAX_WORKERS}", "use the number of cores"))
+    check_workers(workers)
     manifest = read_manifest(folder, "dataset")
     if source is not None and not repair:
         raise DataError(Problem("source", source, "has no effect without --repair", "leave it out, or add --repair"))
@@ -147,31 +141,15 @@ class _Check:
         return total
 
     def _check_shards(self, places: ClipPlaces, findings: Findings) -> int:
-        own, tick, total = threading.local(), self._tick(), 0
+        tick, total = ticks(self.progress, self.manifest.num_clips), 0
 
-        def check(shard: int) -> ShardCheck:
-            if not hasattr(own, "reader"):
-                own.reader = SpanReader()
-            return ShardCheck(places, shard, own.reader, tick).run(self.level)
+        def check(shard: int, reader: SpanReader) -> ShardCheck:
+            return ShardCheck(places, shard, reader, tick).run(self.level)
 
-        shards = range(len(self.manifest.shards))
-        with ThreadPoolExecutor(self.workers) as threads:
-            for done in threads.map(check, shards):
-                findings.merge(done.findings)
-                total += done.bytes_read
+        for done in in_order(check, range(len(self.manifest.shards)), self.workers):
+            findings.merge(done.findings)
+            total += done.bytes_read
         return total
-
-    def _tick(self) -> Callable[[int], None]:
-        done, lock = 0, threading.Lock()
-
-        def tick(clips: int) -> None:
-            nonlocal done
-            with lock:
-                done += clips
-                if self.progress is not None and clips:
-                    self.progress(done, self.manifest.num_clips)
-
-        return tick
 
     def _report(self, findings: Findings, index: Index | None, not_checked: str, read: int = 0) -> VerifyReport:
         keys = [] if index is None else sorted(index.key(row) for row in findings.rows)
