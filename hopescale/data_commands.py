@@ -12,6 +12,7 @@ import yaml
 
 from data_pipeline.encode.run import encode
 from data_pipeline.errors import nearest
+from data_pipeline.parts import parse_part
 from data_pipeline.pixels.simulate import SimulationSpec, simulate
 from hopescale.errors import ConfigError, Problem
 from hopescale.parallel.process_group import Launch, read_launch
@@ -78,7 +79,7 @@ def encode_pixels(pixels: Path, out: Path, settings: Sequence[str], bar: Bar) ->
     launch = read_launch()
     values = parse_settings(settings, {**_keywords(encode), "part": "0/1"})
     if "part" in values:
-        values["part"] = _part(values["part"])
+        values["part"] = parse_part(values["part"], "processes")
     if launch.launched:
         values = _share(values, launch)
     document = encode(
@@ -91,14 +92,6 @@ def encode_pixels(pixels: Path, out: Path, settings: Sequence[str], bar: Bar) ->
         "part": list(values.get("part", (0, 1))),
         "skipped": [f"{clip['key']}: {clip['reason']}" for clip in document["skipped"]],
     }
-
-
-def _part(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        rule = "must be i/n with i from 0 to n - 1"
-        raise ConfigError(Problem("part", text, rule, "write part=0/4 to part=3/4 for four processes"))
-    return int(index), int(count)
 
 
 def _share(values: dict[str, Any], launch: Launch) -> dict[str, Any]:
@@ -166,3 +159,20 @@ def parse_settings(settings: Sequence[str], valid: dict[str, Any]) -> dict[str, 
     if problems:
         raise ConfigError(problems)
     return values
+
+
+def with_rules(settings: Sequence[str]) -> list[str]:
+    """Return settings in which a single rule for partitions has the brackets that several need."""
+    parts = [(text, *text.partition("=")) for text in settings]
+    return [
+        f"partitions=[{raw}]" if name == "partitions" and not raw.startswith("[") else text
+        for text, name, _, raw in parts
+    ]
+
+
+def byte_text(count: float) -> str:
+    """Return a number of bytes to three digits, with its decimal unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -12,7 +12,7 @@ from data_pipeline.dataset.index_tars import index_tars
 from data_pipeline.dataset.inspect import InspectedDataset, describe, describe_clip
 from data_pipeline.dataset.tar_listing import IndexSettings
 from data_pipeline.dataset.verify import verify
-from hopescale.data_commands import Bar, parse_settings, readable_folder
+from hopescale.data_commands import Bar, byte_text, parse_settings, readable_folder, with_rules
 from hopescale.errors import ConfigError, DataError, Problem
 from hopescale.errors import describe as described
 
@@ -69,7 +69,7 @@ def index_folder(folder: Path, settings: Sequence[str], bar: Bar) -> dict[str, A
     Raises:
         UserError: Unknown settings, or what `index_tars` refuses.
     """
-    values = parse_settings([_bracketed(text) for text in settings], _INDEX)
+    values = parse_settings(with_rules(settings), _INDEX)
     own = {name: values.pop(name) for name in ("workers", "replace") if name in values}
     manifest = index_tars(
         readable_folder(folder, "tars"), IndexSettings(**values), progress=_from_first_call(bar, "index"), **own
@@ -128,15 +128,9 @@ def _from_first_call(bar: Bar, label: str) -> Callable[[int, int], None]:
     return progress
 
 
-def _bracketed(text: str) -> str:
-    """One rule needs no brackets."""
-    name, _, raw = text.partition("=")
-    return f"partitions=[{raw}]" if name == "partitions" and not raw.startswith("[") else text
-
-
 def _print_report(report: VerifyReport, quarantine: Path | None) -> None:
     state = "sound" if report.sound else f"damaged: {report.num_findings} findings"
-    read = f", {_size(report.bytes_read)} read" if report.bytes_read else ""
+    read = f", {byte_text(report.bytes_read)} read" if report.bytes_read else ""
     print(f"{report.dataset}: {state} (level {report.level}; {report.clips} clips in {report.shards} shards{read})")
     if report.findings:
         _print_table(["where", "what"], [_cells(finding) for finding in report.findings[:_SHOWN]])
@@ -166,7 +160,7 @@ def _short(text: str) -> str:
 
 
 def _print_dataset(result: Mapping[str, Any]) -> None:
-    frames, provenance, size = result["frames"], result["provenance"], _size(result["bytes"]["shards"])
+    frames, provenance, size = result["frames"], result["provenance"], byte_text(result["bytes"]["shards"])
     lines = {
         "clips": f"{result['clips']} in {result['shards']} {result['container']} shards, {size}",
         "frames": f"{frames['all']}; a clip has {frames['least']} to {frames['most']}",
@@ -182,7 +176,7 @@ def _print_dataset(result: Mapping[str, Any]) -> None:
         "checksums": result["checksum"],
     }
     _print_table(["", result["dataset"]], [[name, _short(str(value))] for name, value in lines.items()])
-    fields = [[name, kind, _size(result["bytes"][name])] for name, kind in result["dtypes"].items()]
+    fields = [[name, kind, byte_text(result["bytes"][name])] for name, kind in result["dtypes"].items()]
     _print_table(["field", "type", "values"], fields)
     parts = result["partitions"].items()
     rows = [[name, *(str(counts[part]) for part in ("train", "heldout", "frames"))] for name, counts in parts]
@@ -212,7 +206,7 @@ def _print_clip(result: Mapping[str, Any]) -> None:
     place = (result["split"], result["partition"], f"{result['frames']} frames", result["shard"])
     print(f"{result['key']}: {', '.join(place)}")
     rows = [
-        [name, each["dtype"], str(each["shape"]), str(each["offset"]), _size(each["bytes"])]
+        [name, each["dtype"], str(each["shape"]), str(each["offset"]), byte_text(each["bytes"])]
         + [f"{each[part]:.4g}" for part in ("mean", "std", "min", "max")]
         for name, each in result["fields"].items()
     ]
@@ -246,10 +240,3 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         # Text, not str: a clip called "[red]" is a name, not markup.
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} bytes"

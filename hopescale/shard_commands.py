@@ -17,7 +17,7 @@ from data_pipeline.shard.plan import Plan, ShardSettings, Work, payload_bytes
 from data_pipeline.shard.run import WHOLE, OpenedClips, RunSettings, open_clips, plan_shards, shard_part
 from data_pipeline.sources.base import SourceProvenance
 from data_pipeline.stats import SharderStats
-from hopescale.data_commands import Bar, parse_settings
+from hopescale.data_commands import Bar, byte_text, parse_settings, with_rules
 from hopescale.errors import ConfigError, Problem
 from hopescale.metrics.sinks.prometheus import write_textfile
 
@@ -85,14 +85,7 @@ def _values(settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str
     if problems:
         raise ConfigError(problems)
     valid = {**_SHARD, **_RUN, **_SOURCE, **_OTHER}
-    # One rule needs no brackets.
-    own = [f"partitions=[{text.partition('=')[2]}]" if _is_one_rule(text) else text for text in own]
-    return parse_settings(own, valid), prefixed
-
-
-def _is_one_rule(text: str) -> bool:
-    name, _, raw = text.partition("=")
-    return name == "partitions" and not raw.startswith("[")
+    return parse_settings(with_rules(own), valid), prefixed
 
 
 def _metrics_file(name: str | None) -> Path | None:
@@ -129,7 +122,9 @@ def _dry_run(clips: OpenedClips, out: Path, settings: ShardSettings, how: RunSet
         print(f"{len(plan.bad)} clips would be left out")
     for clip in plan.bad[:_SHOWN]:
         print(f"  {clip.key}: {clip.reason}")
-    print(f"{plan.num_clips} clips of up to {plan.frames} frames, {len(plan.shards)} shards, {_size(result['bytes'])}")
+    print(
+        f"{plan.num_clips} clips of up to {plan.frames} frames, {len(plan.shards)} shards, {byte_text(result['bytes'])}"
+    )
     for name, planned in plan.fields.items():
         kept = planned.source == planned.stored
         source = "" if kept else f" from {planned.source}" if planned.source else ", one a channel and clip"
@@ -206,17 +201,10 @@ class _Watch:
         self._said = time.monotonic()
         stats, seconds = self.stats, max(self.stats.seconds, 1e-9)
         rate = stats.clips / seconds
-        text = f"shard: {stats.clips} clips in {stats.shards} shards, {_size(stats.bytes)}"
-        text += f"; {rate:.0f} clips/s, {_size(stats.bytes / seconds)}/s" if stats.clips else ""
+        text = f"shard: {stats.clips} clips in {stats.shards} shards, {byte_text(stats.bytes)}"
+        text += f"; {rate:.0f} clips/s, {byte_text(stats.bytes / seconds)}/s" if stats.clips else ""
         if not last and rate:
             text += f"; {self._done} of {self._total}, {(self._total - self._done) / rate:.0f} s left"
         text += f"; {stats.skipped} clips were there" if stats.skipped else ""
         text += f"; {stats.bad} bad" if stats.bad else ""
         print(text, file=sys.stderr, flush=True)
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} bytes"

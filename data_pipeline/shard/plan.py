@@ -19,6 +19,7 @@ from data_pipeline.dataset.manifest import MAX_MANIFEST
 from data_pipeline.dtypes import SCALED, STORED_TYPES
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.order import ceil_div, mix64, uid
+from data_pipeline.parts import parse_part
 from data_pipeline.schema import FIELDS, SPLITS, Provenance, StoredName, row_shape
 from data_pipeline.shard.convert import FEATURE_TYPES, INTEGERS, FeatureType
 from data_pipeline.shard.statistics import SAMPLE_EVERY, phases
@@ -295,17 +296,13 @@ def part_of(part: str, num_shards: int) -> range:
     """Return the numbers of the shards that belong to a part.
 
     Args:
-        part: `i/n` with i from 0 to n - 1, as `$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT` of an array `0-(n-1)`.
+        part: See `parse_part`.
         num_shards: Shards of the whole plan.
 
     Raises:
         DataError: It has another form.
     """
-    text, _, total = part.partition("/")
-    if not (text.isdecimal() and total.isdecimal() and int(text) < int(total)):
-        rule = "must be i/n with i from 0 to n - 1"
-        raise DataError(Problem("part", part, rule, "write part=0/4 to part=3/4 for four machines"))
-    number, parts = int(text), int(total)
+    number, parts = parse_part(part, "machines")
     return range(number * num_shards // parts, (number + 1) * num_shards // parts)
 
 
