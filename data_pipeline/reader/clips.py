@@ -236,9 +236,7 @@ class ClipReader:
                 )
         except BadClip as error:
             self.counters.add(**{f"bad_clips_{error.kind}": 1, "checksum_errors": int(error.kind == "checksum")})
-            fix = "`hopescale data verify` lists what is damaged; copy the shard again, and check the disk"
-            where = self.store.where(self.fields.shard(row))
-            raise DataError(Problem(f"data.path: clip {self.view.key(row)}", where, str(error), fix)) from None
+            raise self.fields.error(row, self.store.where(self.fields.shard(row)), str(error)) from None
         return content
 
     def _map(self, shard: int) -> NDArray[np.uint8]:

@@ -130,6 +130,17 @@ class ClipFields:
         """Return the file name of one sample's shard."""
         return self.manifest.shards[self.shard(row)].name
 
+    def error(self, row: int, where: str, rule: str) -> DataError:
+        """Return the error that ends a run for a sample that cannot be used.
+
+        Args:
+            row: Of the view.
+            where: Its shard is, for whoever looks after it.
+            rule: What is wrong.
+        """
+        fix = "`hopescale data verify` lists what is damaged; copy the shard again, and check the disk"
+        return DataError(Problem(f"data.path: clip {self.view.key(row)}", where, rule, fix))
+
 
 @dataclass
 class BatchFiller:
@@ -242,7 +253,7 @@ class BatchFiller:
                 self._note(int(row), position, error)
                 continue
             return other, int(row), 1.0
-        raise self._error(reading.row, first, "no clip of the same length is left to take its place")
+        raise self._error(reading.row, f"{first}; no clip of the same length is left to take its place")
 
     def _verified(self, files: OpenShards, reading: Reading) -> None:
         for attempt in range(RETRIES + 1):
@@ -320,19 +331,17 @@ class BatchFiller:
         }
         self.report(json.dumps(record))
         if self.config.on_bad_clip == "raise":
-            raise self._error(row, error, "no clip may be bad with data.reader.on_bad_clip=raise")
+            raise self._error(row, f"{error}; no clip may be bad with data.reader.on_bad_clip=raise")
         allowed = int(np.ceil(self.config.max_bad_fraction * len(self.fields.view)))
         with self._lock:
             self._bad.add(row)
             found = len(self._bad)
         if found > allowed:
             rule = f"{found} of {len(self.fields.view)} clips are bad, more than data.reader.max_bad_fraction allows"
-            raise self._error(row, error, rule)
+            raise self._error(row, f"{error}; {rule}")
 
-    def _error(self, row: int, error: BadClip, rule: str) -> DataError:
-        fix = "`hopescale data verify` lists what is damaged; copy the shard again, and check the disk"
-        where = self.where(self.fields.shard(row))
-        return DataError(Problem(f"data.path: clip {self.fields.view.key(row)}", where, f"{error}; {rule}", fix))
+    def _error(self, row: int, rule: str) -> DataError:
+        return self.fields.error(row, self.where(self.fields.shard(row)), rule)
 
     def _finish(self, block: NDArray[np.uint8], number: int, reading: Reading) -> None:
         """Decode and align a clip into the block and clear what a longer one left there."""

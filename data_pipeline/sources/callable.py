@@ -62,12 +62,14 @@ class Spooled:
 
     def look(self) -> Seen:
         """See `StoredArray`."""
-        array, stamp = self.read()
-        return Seen(array.dtype.name, array.shape, stamp)
+        return self._loaded().look()
 
     def read(self) -> tuple[np.ndarray, str]:
         """See `StoredArray`."""
-        return InMemory(self.file.read()[0], self.shown).read()
+        return self._loaded().read()
+
+    def _loaded(self) -> InMemory:
+        return InMemory(self.file.read()[0], self.shown)
 
 
 @dataclass(kw_only=True)

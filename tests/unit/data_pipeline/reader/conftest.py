@@ -1,4 +1,4 @@
-"""A small data set of clips of different lengths, read by all tests here."""
+"""A small data set of clips of different lengths, read by all tests here, and shards to be copied to a node."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.reader import fetching
 from data_pipeline.reader.clips import ClipReader
 from data_pipeline.schema import DataConfig
 from tests.small_dataset import write_dataset
+from tests.staged_files import Files, make_files
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(dataset: Path) -> ClipReader:
     """Its training clips, in the order of seed 5."""
     return ClipReader(DataConfig(path=str(dataset)), split="train", seed=5)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Eight shards to be copied to a node."""
+    return make_files(tmp_path / "source")
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once what could not be fetched."""
+    monkeypatch.setattr(fetching, "PAUSES", (0, 0))

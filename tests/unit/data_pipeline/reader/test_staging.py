@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.reader import fetching
 from data_pipeline.reader.node_folder import NodeFolder
 from tests.staged_files import (
     NUM_SHARDS,
@@ -33,15 +32,7 @@ from tests.staged_files import (
     start,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "PAUSES", (0, 0))
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return make_files(tmp_path / "source")
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_a_second_use_and_a_second_run_find_the_copy(files: Files, tmp_path: Path) -> None:

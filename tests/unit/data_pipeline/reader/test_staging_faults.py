@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.reader import fetching, node_folder
+from data_pipeline.reader import node_folder
 from data_pipeline.reader.fetching import FetchFailed, LocalFiles
 from tests.staged_files import (
     SIZE,
@@ -26,22 +26,13 @@ from tests.staged_files import (
     copy_of,
     eventually,
     fork,
-    make_files,
     on_node,
     opened,
     read,
     start,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "PAUSES", (0, 0))
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return make_files(tmp_path / "source")
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_what_a_process_killed_within_a_copy_left_is_cleared(files: Files, tmp_path: Path) -> None:
