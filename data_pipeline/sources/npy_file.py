@@ -165,20 +165,6 @@ def values_at(descriptor: int, start: int, header: NpyHeader) -> np.ndarray:
     return in_c_order(header, values)
 
 
-def read_npy_header(path: Path) -> NpyHeader:
-    """Return the checked header of a .npy file.
-
-    Raises:
-        OSError: The file cannot be opened, or is a link.
-        ValueError: It is not a regular file, or not a .npy that is taken here.
-    """
-    descriptor = open_regular(path)
-    try:
-        return header_at(descriptor, 0, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
-
-
 def read_npy(path: Path) -> np.ndarray:
     """Return the array of a .npy file, C-ordered and little-endian.
 
