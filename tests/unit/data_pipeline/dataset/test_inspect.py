@@ -11,13 +11,7 @@ import pytest
 from data_pipeline.dataset.inspect import InspectedDataset, describe, describe_clip
 from data_pipeline.errors import DataError
 from data_pipeline.shard import shard
-from tests.feature_folders import write_features
 from tests.small_dataset import write_dataset
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_features(tmp_path_factory.mktemp("features"), states=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A small data set of clips of different lengths, read by all tests here, and shards to be copied to a node."""
+"""A small data set of clips of different lengths, and shards to be copied to a node."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(dataset: Path) -> ClipReader:
     """Its training clips, in the order of seed 5."""
     return ClipReader(DataConfig(path=str(dataset)), split="train", seed=5)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data set of two partitions in 4 shards, 3 of them for training; do not change it."""
+    folder = tmp_path_factory.mktemp("written")
+    write_dataset(folder)
+    return folder
 
 
 @pytest.fixture

@@ -82,14 +82,6 @@ class _Handler(BaseHTTPRequestHandler):
         return
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data set; do not change it."""
-    folder = tmp_path_factory.mktemp("written")
-    write_dataset(folder)
-    return folder
-
-
 @pytest.fixture
 def server(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "https_proxy", "all_proxy"):

@@ -18,14 +18,6 @@ from tests.clip_sources import memory_source
 from tests.small_dataset import rewrite_manifest, write_dataset
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data set of two partitions in 4 shards, 3 of them for training; do not change it."""
-    folder = tmp_path_factory.mktemp("written")
-    write_dataset(folder)
-    return folder
-
-
 @pytest.fixture
 def copied(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "copied"))

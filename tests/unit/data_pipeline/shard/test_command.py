@@ -14,16 +14,10 @@ from data_pipeline.errors import DataError
 from hopescale.cli import app
 from hopescale.errors import ConfigError
 from hopescale.shard_commands import merge_shards, shard_clips
-from tests.feature_folders import write_features
 
 
 def _bar(label: str) -> Callable[[int, int], None]:
     return lambda done, total: None
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_features(tmp_path_factory.mktemp("features"), states=True)
 
 
 def test_settings_reach_the_sharder(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
