@@ -95,6 +95,39 @@ class ClipBatch:
         return replace(self, weights=torch.zeros_like(self.weights))
 
 
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in one optimizer step.
+
+    Attributes:
+        position: First global position of the step.
+        lengths: i64 `[G]`, valid frames of every clip of the whole global batch, on all ranks; clips of weight 0 count
+            no frames. A clip that turned out bad and was masked still does: no rank knows of the others' masks, and all
+            must divide by the same number.
+        micro: Micro-batches; equally many on every rank.
+    """
+
+    position: int
+    lengths: NDArray[np.int64]
+    micro: list[ClipBatch]
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the whole global batch that have weight, on all ranks."""
+        return int(np.count_nonzero(self.lengths))
+
+    def num_frames(self, first: int = 0, end: int | None = None) -> int:
+        """Return how many valid frames the whole global batch has with numbers first .. end - 1 in their clips.
+
+        This is what summed losses are divided by, so that ranks and micro-batches add up to one mean.
+        """
+        return int(frames_between(self.lengths, first, end).sum())
+
+    def to(self, device: torch.device | str) -> StepBatches:
+        """Return the step with its micro-batches on `device`, as `ClipBatch.to` puts them there."""
+        return replace(self, micro=[clips.to(device) for clips in self.micro])
+
+
 def collate(clips: Sequence[Clip], frames: int, positions: NDArray[np.int64]) -> ClipBatch:
     """Copy clips into one batch of their stored type, with weight 1.
 

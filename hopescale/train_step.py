@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.batch import ClipBatch
-from data_pipeline.reader.batches import StepBatches
+from data_pipeline.batch import ClipBatch, StepBatches
 from hopescale.config.schema import Config
 from hopescale.draws import drop_path_draws, jump_targets
 from hopescale.model.block import MAX_BRANCHES

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from data_pipeline.batch import ClipBatch, not_finite
-from data_pipeline.reader.batches import GlobalBatches, StepBatches
+from data_pipeline.batch import ClipBatch, StepBatches, not_finite
+from data_pipeline.reader.batches import GlobalBatches
 from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.config.schema import Config

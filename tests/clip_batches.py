@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from data_pipeline.batch import ClipBatch
-from data_pipeline.reader.batches import StepBatches
+from data_pipeline.batch import ClipBatch, StepBatches
 from hopescale.model.schema import ModelConfig
 
 

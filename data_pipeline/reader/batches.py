@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.batch import ClipBatch, frames_between
+from data_pipeline.batch import ClipBatch, StepBatches
 from data_pipeline.dataset.view import part_rows
 from data_pipeline.order import micro_batches
 from data_pipeline.reader.clips import ClipReader
@@ -34,34 +34,7 @@ from data_pipeline.stats import ReaderStats
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class StepBatches:
-    """What one rank computes in one optimizer step.
-
-    Attributes:
-        position: First global position of the step.
-        lengths: i64 `[G]`, valid frames of every clip of the whole global batch, on all ranks; clips of weight 0 count
-            no frames. A clip that turned out bad and was masked still does: no rank knows of the others' masks, and all
-            must divide by the same number.
-        micro: Micro-batches; equally many on every rank.
-    """
-
-    position: int
-    lengths: NDArray[np.int64]
-    micro: list[ClipBatch]
-
-    @property
-    def num_clips(self) -> int:
-        """Clips of the whole global batch that have weight, on all ranks."""
-        return int(np.count_nonzero(self.lengths))
-
-    def num_frames(self, first: int = 0, end: int | None = None) -> int:
-        """Return how many valid frames the whole global batch has with numbers first .. end - 1 in their clips.
-
-        This is what summed losses are divided by, so that ranks and micro-batches add up to one mean.
-        """
-        return int(frames_between(self.lengths, first, end).sum())
+NO_LENGTHS = np.empty(0, np.int64)
 
 
 class GlobalBatches(Iterator[StepBatches]):
@@ -109,7 +82,7 @@ class GlobalBatches(Iterator[StepBatches]):
         self._layout = self._stored if as_stored else self._stored.decoded()
         self._bad_clips = bad_clips
         self._position = 0
-        self._ring: Ring[ClipBatch] | None = None
+        self._ring: Ring[StepBatches] | None = None
         self._ahead: AheadOnDevice | None = None
         self._expected_until = 0
         self._planning: threading.Thread | None = None
@@ -128,14 +101,11 @@ class GlobalBatches(Iterator[StepBatches]):
         self._expect()
         started = time.monotonic()
         try:
-            micro = self._ahead.take() if self._ahead else self._take(self._ring)
+            step = self._ahead.take() if self._ahead else self._take(self._ring)
         except BaseException:
             self.close()
             raise
         self._reader.counters.add(wait_seconds=time.monotonic() - started)
-        places = self._order.at(self._position, self._global_batch)
-        lengths = np.where(places.weights > 0, self._reader.lengths[places.rows], 0)
-        step = StepBatches(self._position, lengths, micro)
         self._position += self._global_batch
         return step
 
@@ -167,8 +137,9 @@ class GlobalBatches(Iterator[StepBatches]):
         if self._ahead is not None:
             self._ahead.close()
 
-    def _take(self, ring: Ring[ClipBatch]) -> list[ClipBatch]:
-        return [ring.take() for _ in self._shares]
+    def _take(self, ring: Ring[StepBatches]) -> StepBatches:
+        shares = [ring.take() for _ in self._shares]
+        return replace(shares[0], micro=[clips for share in shares for clips in share.micro])
 
     def _state(self, position: int) -> ReaderState:
         reader, config = self._reader, self._reader.config
@@ -183,7 +154,7 @@ class GlobalBatches(Iterator[StepBatches]):
         data = reader.manifest.fingerprint[:32]
         return ReaderState(STATE_FORMAT, data, view, reader.alignment, digest, reader.seed, position)
 
-    def _start(self) -> Ring[ClipBatch]:
+    def _start(self) -> Ring[StepBatches]:
         reader, config = self._reader, self._reader.config
         threads = config.reader.threads or min(4, available_processors())
         # A shard that is open keeps its space on the node, also when its copy was given up. All threads together stay
@@ -255,15 +226,27 @@ class RankBatches:
     global_batch: int
     start: int
 
-    def fill(self, number: int, memory: NDArray[np.uint8], files: OpenShards) -> ClipBatch:
-        """Read one micro-batch into memory that its tensors will share."""
+    def fill(self, number: int, memory: NDArray[np.uint8], files: OpenShards) -> StepBatches:
+        """Read one micro-batch into memory that its tensors will share; a step's first one comes with its lengths.
+
+        All that a step needs of the order is looked up here, beside the training, which waits for nothing else.
+        """
         step, share = divmod(number, len(self.shares))
+        start = self.start + step * self.global_batch
+        lengths = NO_LENGTHS if share else self._lengths(start)
+        return StepBatches(start, lengths, [self._read(start, share, memory, files)])
+
+    def _lengths(self, start: int) -> NDArray[np.int64]:
+        places = self.order.at(start, self.global_batch)
+        return np.where(places.weights > 0, self.filler.fields.view.lengths[places.rows], 0)
+
+    def _read(self, start: int, share: int, memory: NDArray[np.uint8], files: OpenShards) -> ClipBatch:
         offset, size = self.shares[share]
         empty = size == 0
         if empty:
             # A rank with fewer clips still needs a batch for the collectives; a clip of weight 0 keeps shapes ordinary.
             offset, size = max(offset - 1, 0), 1
-        first = self.start + step * self.global_batch + offset
+        first = start + offset
         positions = np.arange(first, first + size)
         rows, weights, _ = self.filler.fill(memory, files, self.order.at(first, size), positions)
         fields, view = self.filler.layout.tensors(memory, size), self.filler.fields.view

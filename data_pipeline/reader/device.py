@@ -12,7 +12,7 @@ from queue import Empty, Queue
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import ClipBatch
+from data_pipeline.batch import ClipBatch, StepBatches
 from data_pipeline.reader.counters import Counters
 
 
@@ -22,28 +22,28 @@ class AheadOnDevice:
     The host's memory of a step is let go only when its copy has ended, so that the ring cannot fill it again before.
     """
 
-    def __init__(self, read: Callable[[], list[ClipBatch]], device: torch.device, counters: Counters) -> None:
+    def __init__(self, read: Callable[[], StepBatches], device: torch.device, counters: Counters) -> None:
         """Start copying.
 
         Args:
-            read: Returns the micro-batches of the next step, in pinned memory.
+            read: Returns the next step, in pinned memory.
             device: A CUDA device.
             counters: What has been done.
         """
         self._read, self._device, self._counters = read, device, counters
         self._stream = torch.cuda.Stream(device)
-        self._queue: Queue[tuple[list[ClipBatch], torch.cuda.Event] | BaseException] = Queue()
+        self._queue: Queue[tuple[StepBatches, torch.cuda.Event] | BaseException] = Queue()
         # One step beside the one in use, and not a third one on its way.
         self._wanted = threading.Semaphore(1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="to-device", daemon=True)
         self._thread.start()
 
-    def take(self) -> list[ClipBatch]:
-        """Return the next step's micro-batches; work queued on the current stream from now on waits for their copies.
+    def take(self) -> StepBatches:
+        """Return the next step; work queued on the current stream from now on waits for its copies.
 
         Raises:
-            DataError: What reading them raised.
+            DataError: What reading it raised.
             StopIteration: There are no more.
         """
         entry = None
@@ -56,13 +56,13 @@ class AheadOnDevice:
             self._closed.set()
             raise entry
         self._wanted.release()
-        micro, copied = entry
+        step, copied = entry
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for tensor in _on_device(micro):
+        for tensor in _on_device(step.micro):
             # Allocated on the side stream: its memory must not be given away while this stream still reads it.
             tensor.record_stream(current)
-        return micro
+        return step
 
     def close(self) -> None:
         """Stop; the thread ends with the step it is at, once the ring it reads from is closed."""
@@ -80,14 +80,14 @@ class AheadOnDevice:
                 step = self._read()
                 started = time.monotonic()
                 with torch.cuda.stream(self._stream):
-                    micro = [clips.to(self._device) for clips in step]
+                    on_device = step.to(self._device)
                     copied = torch.cuda.Event()
                     copied.record()
                 copied.synchronize()
                 self._counters.add(copy_seconds=time.monotonic() - started)
                 # Its memory goes back to the ring.
                 del step
-                self._queue.put((micro, copied))
+                self._queue.put((on_device, copied))
         except BaseException as error:
             self._queue.put(error)
 

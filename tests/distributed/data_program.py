@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.reader.batches import GlobalBatches, StepBatches
+from data_pipeline.batch import StepBatches
+from data_pipeline.reader.batches import GlobalBatches
 from hopescale import train, trainer
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.parallel.process_group import end_process, read_launch

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data_pipeline.batch import ClipBatch
+from data_pipeline.batch import ClipBatch, StepBatches
 from data_pipeline.order import micro_batches
-from data_pipeline.reader.batches import StepBatches
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.model.init import initialise

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.reader.batches import StepBatches
+from data_pipeline.batch import StepBatches
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.model.build import build_predictor

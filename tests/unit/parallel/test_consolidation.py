@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.reader.batches import StepBatches
+from data_pipeline.batch import StepBatches
 from hopescale.checkpoint.contents import restore_rows, tensors
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.batch import StepBatches
 from data_pipeline.errors import DataError
 from data_pipeline.reader import shard_reads
-from data_pipeline.reader.batches import GlobalBatches, StepBatches
+from data_pipeline.reader.batches import GlobalBatches
 from data_pipeline.reader.clips import ClipReader
 from data_pipeline.schema import DataConfig
 from tests.small_dataset import write_dataset

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.batch import ClipBatch
+from data_pipeline.batch import ClipBatch, StepBatches
 from data_pipeline.errors import DataError
-from data_pipeline.reader.batches import GlobalBatches, StepBatches
+from data_pipeline.reader.batches import GlobalBatches
 from data_pipeline.reader.clips import ClipReader
 from data_pipeline.schema import DataConfig, ReaderConfig
 from tests.small_dataset import write_dataset
