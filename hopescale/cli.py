@@ -26,6 +26,8 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optimizer.lr=1e-3.")
 ]
+DASHES = {"ignore_unknown_options": True}
+"""Of commands whose settings may be mistaken for options: the error then says how to write them."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -124,7 +126,7 @@ def plan(
     _finish(figures, as_json)
 
 
-@data_app.command()
+@data_app.command(context_settings=DASHES)
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
     overrides: Settings = None,
@@ -140,7 +142,7 @@ def simulate(
     _finish_data(simulate_pixels(out, overrides or [], progress), as_json)
 
 
-@data_app.command()
+@data_app.command(context_settings=DASHES)
 def encode(
     pixels: Annotated[Path, typer.Argument(help="Folder of pixels, or of videos: KEY.mp4 and KEY.actions.npy.")],
     out: Annotated[Path, typer.Argument(help="Folder for the features.")],
@@ -169,7 +171,7 @@ def encode(
             print(f"part {index} of {count} is done; the last one to finish completes the folder")
 
 
-@data_app.command()
+@data_app.command(context_settings=DASHES)
 def shard(
     source: Annotated[str, typer.Argument(help="Folder or file of clips, e.g. what `data encode` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
@@ -203,7 +205,7 @@ def merge(
     _finish_data(merge_shards(out), as_json)
 
 
-@data_app.command("verify")
+@data_app.command("verify", context_settings=DASHES)
 def verify_data(
     dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     overrides: Settings = None,
@@ -226,7 +228,7 @@ def verify_data(
     raise typer.Exit(code)
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", context_settings=DASHES)
 def inspect_data(
     dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     overrides: Settings = None,
@@ -239,7 +241,7 @@ def inspect_data(
     _finish(inspect_dataset(dataset, overrides or [], png, quiet=as_json), as_json)
 
 
-@data_app.command("index")
+@data_app.command("index", context_settings=DASHES)
 def index_data(
     folder: Annotated[Path, typer.Argument(help="Folder of .tar files: KEY.features.npy, KEY.actions.npy, ….")],
     overrides: Settings = None,

@@ -192,10 +192,10 @@ def _print_statistics(statistics: Mapping[str, Any], share: float) -> None:
             f"features of {share:.3g} of the training tokens: mean {channels['mean']:.3g}, std {channels['std']:.3g}, "
             f"largest {channels['absmax']:.3g} (median channel {channels['absmax_median_channel']:.3g}; {largest})"
         )
+    fields = {name: each.get("partitions", {}) if name == "features" else each for name, each in statistics.items()}
     rows = [
         [name, partition, str(figures["rows"]), *(_numbers(figures[part]) for part in ("mean", "std", "min", "max"))]
-        for name, partitions in statistics.items()
-        if name != "features"
+        for name, partitions in fields.items()
         for partition, figures in partitions.items()
     ]
     if rows:

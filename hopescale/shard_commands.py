@@ -44,7 +44,7 @@ def shard_clips(source: str, out: Path, settings: Sequence[str], bar: Bar) -> di
     clips = open_clips(source, options=prefixed["source."], provenance=prefixed["provenance."], **given)
     if values.get("dry_run", False):
         _check_dry_run(values)
-        return _dry_run(clips, out, made, how)
+        return _dry_run(clips, out, made, how, "action_alignment" in prefixed["provenance."])
     watch = _Watch(bar, _metrics_file(values.get("metrics_file")))
     part = values.get("part", WHOLE)
     manifest = shard_part(clips, out, made, how, part, progress=watch.clip_done, report=watch.shard_done)
@@ -52,6 +52,7 @@ def shard_clips(source: str, out: Path, settings: Sequence[str], bar: Bar) -> di
     if manifest is None:
         print(f"part {part} is done; `hopescale data merge {out}` completes the data set when all parts are")
         return {"out": str(out), "clips": watch.stats.clips + watch.stats.skipped, "part": part, **asdict(watch.stats)}
+    _advise(manifest, "action_alignment" in prefixed["provenance."])
     return _described(out, manifest) | {"statistics": asdict(watch.stats)}
 
 
@@ -115,7 +116,9 @@ def _check_dry_run(values: dict[str, Any]) -> None:
         raise ConfigError([Problem(name, values[name], rule, fix) for name in unused])
 
 
-def _dry_run(clips: OpenedClips, out: Path, settings: ShardSettings, how: RunSettings) -> dict[str, Any]:
+def _dry_run(
+    clips: OpenedClips, out: Path, settings: ShardSettings, how: RunSettings, alignment_given: bool
+) -> dict[str, Any]:
     plan, work = plan_shards(clips, settings, how)
     result = _planned(out, plan, work)
     if plan.bad:
@@ -132,8 +135,25 @@ def _dry_run(clips: OpenedClips, out: Path, settings: ShardSettings, how: RunSet
     for name, counts in result["partitions"].items():
         print(f"  partition {name}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     print(f"statistics over {'all' if plan.sample_every == 1 else f'one of {plan.sample_every}'} training tokens")
+    _advise(plan, alignment_given)
     print("nothing was written")
     return result
+
+
+def _advise(made: Plan | Manifest, alignment_given: bool) -> None:
+    """Name what was assumed because nobody said it, where a wrong assumption would spoil the training."""
+    if made.action_alignment == "row1-to-row0" and not alignment_given:
+        print(
+            "action_alignment=row1-to-row0, as the pipeline of such trees trains: row 1 of a clip's actions acts "
+            "between its frames 0 and 1, and no other row is used; provenance.action_alignment names other rules",
+            file=sys.stderr,
+        )
+    if made.provenance.encode_mode == "unknown":
+        print(
+            "encode_mode=unknown: training refuses such features, unless data.allow_leaky_features=true; say which "
+            "frames they were encoded from with provenance.encode_mode=per-frame, prefix or clip",
+            file=sys.stderr,
+        )
 
 
 def _planned(out: Path, plan: Plan, work: Work) -> dict[str, Any]:

@@ -208,6 +208,9 @@ def _statistics(dataset: InspectedDataset) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if {"channel_mean", "channel_std", "channel_absmax"} <= arrays.keys():
         found["features"] = _channels(arrays)
+        if "features_count" in arrays:
+            arrays["features_count"] //= dataset.manifest.encoder_dim  # of values; a row here is a token
+            found["features"]["partitions"] = _rows("features", arrays, list(dataset.manifest.partitions))
     for name in _ROW_FIELDS:
         if {f"{name}_mean", f"{name}_count"} <= arrays.keys():
             found[name] = _rows(name, arrays, list(dataset.manifest.partitions))
@@ -219,9 +222,10 @@ def _statistics_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"channel_count": ()}
     shapes |= dict.fromkeys(("channel_mean", "channel_std", "channel_absmax"), (manifest.encoder_dim,))
     partitions = len(manifest.partitions)
-    for name in _ROW_FIELDS:
+    widths = {name: manifest.row_shape(name) for name in _ROW_FIELDS} | {"features": (1,)}
+    for name, width in widths.items():
         shapes[f"{name}_count"] = (partitions,)
-        shapes |= {f"{name}_{part}": (partitions, *manifest.row_shape(name)) for part in ("mean", "std", "min", "max")}
+        shapes |= {f"{name}_{part}": (partitions, *width) for part in ("mean", "std", "min", "max")}
     return shapes
 
 

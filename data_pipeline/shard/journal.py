@@ -101,6 +101,7 @@ class ShardRecord:
         rounded: By field, where f32 did not hold the source's type exactly.
         max_error: Limit of the error of conversion that decided what was left out.
         worst_error: Largest error of a clip that was written.
+        reordered: By field, clips whose source has it in Fortran order.
     """
 
     plan: str
@@ -111,6 +112,7 @@ class ShardRecord:
     rounded: dict[str, Rounding] = field(default_factory=dict)
     max_error: float = 0.0
     worst_error: float = 0.0
+    reordered: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

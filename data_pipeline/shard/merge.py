@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,10 @@ from data_pipeline.shard.statistics import Summary, merged
 from data_pipeline.shard.worker import CONVERSION, writing
 from data_pipeline.shard.zarr_output import write_group
 
-_AGAIN = "run `hopescale data shard` for the missing parts, with the settings of the others"
+_AGAIN = (
+    "run `hopescale data shard` for the missing parts, with the settings of the others; without part it writes "
+    "whatever is missing"
+)
 
 
 def merge(out: Path) -> Manifest:
@@ -178,8 +182,14 @@ def _write_report(out: Path, plan: Plan, records: Sequence[ShardRecord], convers
     for record in records:
         for name, one in record.rounded.items():
             rounded[name] = rounded.get(name, Rounding()).plus(one)
+    reordered = Counter[str]()
+    for record in records:
+        reordered.update(record.reordered)
     skipped = [*plan.bad, *(clip for record in records for clip in record.skipped)]
-    notes = []
+    notes = [
+        f"{name}: {count} clips have it in Fortran order; it was stored in C order"
+        for name, count in sorted(reordered.items())
+    ]
     for name, planned in sorted(plan.fields.items()):
         if name == "features" or planned.source in ("", planned.stored):
             continue

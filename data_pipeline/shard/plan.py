@@ -28,10 +28,11 @@ from data_pipeline.sources.base import Listing, SkippedClip, SourceClip, SourceP
 from data_pipeline.sources.provenance import likely_grid
 
 SKIP_OR_REPAIR = "repair the clip, or leave such clips out with on_error=skip"
+_HOW_TO_READ = "correct the settings that say how the source is read, source.OPTION and provenance.ENTRY, or the source"
 PLAN_FORMAT = 2
 """Of plan.json and of the journal beside it."""
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 """Counted up when the same plan would give other bytes."""
 
 SHARD_BYTES = 512 << 20
@@ -212,12 +213,14 @@ def make_plan(
     """
     clips, bad = _usable(listing, provenance.action_alignment)
     if bad and on_error == "fail":
-        problems = [Problem("source", f"clip {clip.key}", clip.reason, SKIP_OR_REPAIR) for clip in bad]
-        more = [Problem("source", source.path, f"{len(bad)} clips in all cannot be used", SKIP_OR_REPAIR)]
+        # Where no clip at all can be used, rather the settings are wrong than each of them.
+        fix = SKIP_OR_REPAIR if clips else _HOW_TO_READ
+        problems = [Problem("source", f"clip {clip.key}", clip.reason, fix) for clip in bad]
+        more = [Problem("source", source.path, f"{len(bad)} clips in all cannot be used", fix)]
         raise DataError(problems if len(bad) <= _MAX_SHOWN else problems[: _MAX_SHOWN - 1] + more)
     if not clips:
         rule = f"lists no clips that can be used{f': {bad[0].reason}' if bad else ''}"
-        raise DataError(Problem("source", source.path, rule, "name another source"))
+        raise DataError(Problem("source", source.path, rule, _HOW_TO_READ if bad else "name another source"))
     fields = _fields(clips[0], settings.dtype)
     settings = _resolved(settings, clips, fields)
     names, ordered = _shards(clips, settings)
@@ -350,7 +353,9 @@ def _problem(clip: SourceClip, like: SourceClip, alignment: ActionAlignment) -> 
     for name, (low, high) in rows.items():
         if name in shapes and not (low <= shapes[name][0] and (high is None or shapes[name][0] <= high)):
             wanted = f"{low}" if low == high else f"at least {low}"
-            return f"its {name} have {shapes[name][0]} rows; {frames} frames ({alignment}) need {wanted}"
+            return (
+                f"its {name} have {shapes[name][0]} rows; {frames} frames (action_alignment {alignment}) need {wanted}"
+            )
     if (clip.arrays["features"].dtype == SCALED) != ("features_scale" in shapes):
         return "features_scale belongs to int8 features and to no others"
     scale = clip.arrays.get("features_scale")

@@ -269,7 +269,7 @@ def shard_part(
         numbers = part_of(part, len(plan.shards))
         names = [plan.shards[number].name for number in numbers]
         job = Job(clips.source, out, replace(plan, clips=(), bad=()), how.on_error, how.max_error)
-        run = _Run(job, how, [(number, work[number]) for number in numbers], len(plan.bad), progress, report)
+        run = _Run(job, how, [(number, work[number]) for number in numbers], plan, progress, report)
         try:
             with writing(out):
                 remove_leftovers(out, names)
@@ -355,13 +355,14 @@ class _Run:
         job: Job,
         how: RunSettings,
         tasks: list[tuple[int, tuple[PlannedClip, ...]]],
-        bad: int,
+        whole: Plan,
         progress: Progress | None,
         report: Report | None,
     ) -> None:
         self._job, self._how, self._tasks = job, how, tasks
         self._progress, self._report = progress, report
-        self._stats = SharderStats(bad=bad)
+        self._whole = whole
+        self._stats = SharderStats(bad=len(whole.bad))
         self._done, self._total = 0, sum(len(clips) for _, clips in tasks)
         self._started = time.monotonic()
         self._left_out: list[SkippedClip] = []
@@ -425,7 +426,10 @@ class _Run:
 
     def _shard_done(self, finished: Finished) -> None:
         self._left_out += finished.skipped
+        # A part may have an unfair share of the bad clips, but not all that the whole may leave out.
         _check_bad(self._left_out, self._total, self._how)
+        bad = [*self._whole.bad, *self._left_out]
+        _check_bad(bad, self._whole.num_clips + len(self._whole.bad), self._how)
         self._stats = replace(
             self._stats,
             clips=self._stats.clips + finished.num_clips,

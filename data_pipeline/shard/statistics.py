@@ -32,6 +32,7 @@ SAMPLE_EVERY = 8
 _SAMPLE_WORD = 0x53414D504C45
 _BLOCK_VALUES = 1 << 18
 _ROWS_AT_ONCE = 512
+_BY_PARTITION = (*ROW_FIELDS, "features")
 Parts = Mapping[str, np.ndarray]
 
 
@@ -73,12 +74,14 @@ class Moments:
         self.mean, self.deviations = np.zeros(self.columns), np.zeros(self.columns)
         self.low, self.high = np.full(self.columns, np.inf), np.full(self.columns, -np.inf)
 
-    def add(self, rows: NDArray[np.floating]) -> None:
-        """Add rows `[n, d]`, at least one, of f32 or f64."""
+    def add(self, rows: NDArray[np.floating]) -> Moments:
+        """Add rows `[n, d]`, at least one, of f32 or f64, and return the moments of these alone."""
+        added = Moments(self.columns)
         for first in range(0, len(rows), _ROWS_AT_ONCE):
-            self._add(rows[first : first + _ROWS_AT_ONCE])
+            added.merge(self._add(rows[first : first + _ROWS_AT_ONCE]))
+        return added
 
-    def _add(self, rows: NDArray[np.floating]) -> None:
+    def _add(self, rows: NDArray[np.floating]) -> Moments:
         # numpy adds whole rows, in order: the same wherever they lie in memory, which matrix products are not. Numbers
         # taken off a mean first lose nothing that matters in f32.
         about = (self.mean if self.count else rows.mean(0)).astype(rows.dtype)
@@ -90,6 +93,16 @@ class Moments:
         part.mean, part.deviations = about.astype(np.float64) + correction, np.maximum(squares, 0)
         part.low, part.high = rows.min(0).astype(np.float64), rows.max(0).astype(np.float64)
         self.merge(part)
+        return part
+
+    def pooled(self) -> Moments:
+        """Return the moments of the values of all columns, as of a single one."""
+        values = Moments(1, self.count * self.columns)
+        values.mean = self.mean.mean(keepdims=True)
+        between = self.count * np.square(self.mean - values.mean).sum()
+        values.deviations = np.array([self.deviations.sum() + between])
+        values.low, values.high = self.low.min(keepdims=True), self.high.max(keepdims=True)
+        return values
 
     def merge(self, other: Moments) -> None:
         """Add what another part has seen."""
@@ -197,6 +210,7 @@ class Statistics:
         self._sums = [torch.zeros(len(group), frame[1], dtype=torch.float64) for group in self._groups]
         self._frames = [0] * every
         self._rows = {name: [Moments(width) for _ in range(partitions)] for name, width in widths.items()}
+        self._values = [Moments(1) for _ in range(partitions)]
 
     def add(self, arrays: Mapping[str, np.ndarray], partition: int, phase: int) -> None:
         """Add a training clip.
@@ -213,7 +227,7 @@ class Statistics:
         for first, end in frame_blocks(features.shape, every):
             rows = sampled(features[first:end], self._feature_type, scale, self._groups, phase + first)
             if len(rows):
-                self._channels.add(rows.numpy())
+                self._values[partition].merge(self._channels.add(rows.numpy()).pooled())
                 self._add_frames(layer_norm(rows), end - first, phase + first)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -221,7 +235,8 @@ class Statistics:
         sums, frames = np.zeros(self._frame), np.zeros(self._frame[0], np.int64)
         for group, part, count in zip(self._groups, self._sums, self._frames, strict=True):
             sums[group], frames[group] = part.numpy(), count
-        rows = {name: np.stack([moments.arrays() for moments in several]) for name, several in self._rows.items()}
+        by_partition = {**self._rows, "features": self._values}
+        rows = {name: np.stack([moments.arrays() for moments in several]) for name, several in by_partition.items()}
         return {"channels": self._channels.arrays(), "mean_frame_sum": sums, "mean_frame_count": frames, **rows}
 
     def _add_frames(self, rows: Float[Tensor, "n E"], frames: int, phase: int) -> None:
@@ -250,7 +265,7 @@ class Summary:
         stats.npz holds `channel_mean`, `channel_std`, `channel_absmax` f64 `[E]` and `channel_count` of stored features
         before LayerNorm; `partitions`, their names; and for each field of rows FIELD_count `[P]`, FIELD_mean,
         FIELD_std, FIELD_min, FIELD_max f64 `[P, d]` of the rows as recorded, zeros for partitions without training
-        clips.
+        clips. features_count and so on are of the single values of the features sampled, d = 1.
 
         Args:
             out: Folder of the data set.
@@ -285,7 +300,7 @@ def merged(parts: Iterable[Parts]) -> Summary:
     """Return the statistics of a data set from those of its parts, at least one, in the order of the shards."""
     total: Summary | None = None
     for part in parts:
-        rows = {name: [Moments.of(each) for each in part[name]] for name in ROW_FIELDS if name in part}
+        rows = {name: [Moments.of(each) for each in part[name]] for name in _BY_PARTITION if name in part}
         one = Summary(Moments.of(part["channels"]), part["mean_frame_sum"], part["mean_frame_count"], rows)
         if total is None:
             total = one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
     written: list[WrittenClip] = []
     skipped: list[SkippedClip] = []
     rounding: dict[str, Rounding] = {}
+    reordered: Counter[str] = Counter()
     try:
         for place, planned in enumerate(clips):
             try:
@@ -116,6 +118,7 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
             with writing(job.out):
                 payloads = writer.add(planned.clip, ready.arrays, place)
             written.append(_written(planned, ready.arrays, payloads))
+            reordered.update(name for name, spec in planned.clip.arrays.items() if spec.fortran)
             if planned.clip.split == "train":
                 statistics.add(ready.arrays, planned.partition, planned.phase)
             for field, one in ready.rounded.items():
@@ -133,7 +136,17 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
         with suppress(OSError):
             writer.discard()
         raise
-    record = ShardRecord(job.plan.digest, name, files, tuple(written), tuple(skipped), rounding, job.max_error, worst)
+    record = ShardRecord(
+        plan=job.plan.digest,
+        name=name,
+        files=files,
+        clips=tuple(written),
+        skipped=tuple(skipped),
+        rounded=rounding,
+        max_error=job.max_error,
+        worst_error=worst,
+        reordered=dict(reordered),
+    )
     parts = statistics.arrays() | {CONVERSION: np.append(deviation.sums, deviation.min_cosine)}
     with writing(job.out):
         write_record(job.out, record, parts)

@@ -20,10 +20,12 @@ class ArraySpec:
         dtype: A name of `dtypes.STORED_TYPES`, or float64 or an integer type that is converted when it is stored.
         shape: After the source's layout was normalised: features `[F, N, E]`, actions `[rows, A]`, states `[F, S]`,
             extrinsics `[F - 1, X]`.
+        fortran: Whether its first axis varies fastest in the source; it is read in C order all the same.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    fortran: bool = False
 
 
 @dataclass(frozen=True)

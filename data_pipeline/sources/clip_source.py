@@ -17,7 +17,7 @@ from data_pipeline.sources.agreement import Traits, agreeing, check_keys, key_pr
 from data_pipeline.sources.base import Listing, SkippedClip, SourceClip, SourceProvenance
 from data_pipeline.sources.labels import PARTITION_RULE, Labels, is_valid_partition
 from data_pipeline.sources.layout import REQUIRED, BadClip, Grid, Layout, normalised
-from data_pipeline.sources.provenance import combined
+from data_pipeline.sources.provenance import combined, likely_grid
 from data_pipeline.sources.stored import Seen, StoredArray, printable, reason
 
 FIX = "copy or encode the clip again, or leave it out"
@@ -203,7 +203,9 @@ class ClipSource(ABC):
         elif stated[0] * stated[1] != tokens or common.grid not in (None, stated):
             shown = f"{tokens} tokens" if common.grid is None else f"a grid of {list(common.grid)}"
             rule = f"the features of {self.path} have {shown}"
-            raise DataError(Problem("provenance.grid", list(stated), rule, "correct it or leave it out"))
+            rows, columns = common.grid or likely_grid(tokens)
+            fix = f"leave it out, or write rows x columns of a frame's tokens, such as {rows}x{columns}"
+            raise DataError(Problem("provenance.grid", list(stated), rule, fix))
 
     def _unreadable(self, clip: SourceClip, rule: str) -> DataError:
         return DataError(Problem("source", f"{self.path}, clip {clip.key}", rule, FIX))

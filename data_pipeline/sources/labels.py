@@ -193,7 +193,8 @@ def labels(partitions: Sequence[str] = (), split: str | None = None) -> Labels:
         return Labels(rules)
     name, _, text = split.partition("=")
     if name not in SPLIT_RULES:
-        raise DataError(Problem("split", split, "unknown rule", nearest(name, SPLIT_RULES)))
+        fix = f"write e.g. heldout=0.1; {nearest(name, SPLIT_RULES)}"
+        raise DataError(Problem("split", split, "unknown rule", fix))
     try:
         share = float(text)
     except ValueError:

@@ -61,7 +61,7 @@ class Layout:
         specs = {"features": features}
         for field in sorted(set(seen) - {"features"}):
             rows = self._rows(field, seen[field], frames, names[field])
-            specs[field] = ArraySpec(seen[field].dtype, (rows, *seen[field].shape[1:]))
+            specs[field] = ArraySpec(seen[field].dtype, (rows, *seen[field].shape[1:]), seen[field].fortran)
         self._check_scale(specs, names)
         return specs, grid
 
@@ -85,7 +85,7 @@ class Layout:
             raise BadClip(f"{name}: features {list(seen.shape)}: must be [F * N, E], [F, N, E] or [F, H, W, E]")
         if self.tokens is not None and shape[1] != self.tokens:
             raise BadClip(f"{name}: its frames have {shape[1]} tokens, the option tokens says {self.tokens}")
-        return ArraySpec(dtype, shape), grid
+        return ArraySpec(dtype, shape, seen.fortran), grid
 
     def _features_type(self, dtype: str, name: str) -> str:
         meant = _MEANT_BY.get(dtype)
@@ -121,7 +121,7 @@ class Layout:
         wanted = f"{least}" if most == least else f"at least {least}"
         text = f"{field} have {rows} rows, and {frames} frames need {wanted}"
         if field == "actions":
-            return f"{text} when action_alignment is {self.action_alignment}"
+            return f"{text} with provenance.action_alignment={self.action_alignment}"
         if field == "extrinsics" and rows > least:
             return f"{text}; extrinsics_rows=first takes the first ones"
         return text

@@ -46,7 +46,10 @@ KINDS: Mapping[str, type[ClipSource]] = {source.kind: source for source in _CLAS
 """Every kind of source by name; `callable` is never recognised, because it runs code."""
 
 _NOT_SOURCES = {
-    MANIFEST_FILE: ("it is a data set already", "name its folder of shards to make another one of them"),
+    MANIFEST_FILE: (
+        "it is a data set already",
+        "name its folder of shards to make another one of them; kind=tars where tars lie in the folder itself",
+    ),
     JOURNAL_FOLDER: ("it is an unfinished data set", "name the source it is made from"),
     f"{PARTS}/{PLAN_FILE}": (
         "they are unfinished features",

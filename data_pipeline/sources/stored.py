@@ -26,6 +26,8 @@ class Seen(NamedTuple):
     shape: tuple[int, ...]
     stamp: str
     """Changes whenever its file does."""
+    fortran: bool = False
+    """Its first axis varies fastest."""
 
 
 class StoredArray(Protocol):
@@ -73,7 +75,7 @@ class NpyArray:
         """See `StoredArray`."""
         with opened(self.path, self.start, self.size) as (descriptor, size, stamp):
             header = header_at(descriptor, self.start, size)
-            return Seen(header.dtype, header.shape, stamp)
+            return Seen(header.dtype, header.shape, stamp, header.fortran)
 
     def read(self) -> tuple[np.ndarray, str]:
         """See `StoredArray`."""
@@ -106,7 +108,7 @@ class NpzArray:
         """See `StoredArray`."""
         with opened(self.path, self.start, self.size) as (descriptor, size, stamp):
             header = Npz(descriptor, self.start, size).header(self.name)
-            return Seen(header.dtype, header.shape, stamp)
+            return Seen(header.dtype, header.shape, stamp, header.fortran)
 
     def read(self) -> tuple[np.ndarray, str]:
         """See `StoredArray`."""

@@ -41,7 +41,11 @@ def test_a_data_set_is_described_by_its_manifest_index_and_statistics(opened: In
     assert figures["rows"] == len(actions)
     np.testing.assert_allclose(figures["mean"], actions.mean(0), rtol=1e-5)
     np.testing.assert_allclose(figures["max"], actions.max(0), rtol=1e-6)
-    assert len(found["statistics"]["features"]["largest_channels"]) == 3
+    channels = found["statistics"]["features"]
+    assert len(channels["largest_channels"]) == 3
+    assert sum(each["rows"] for each in channels["partitions"].values()) == channels["tokens"]
+    (largest,) = channels["partitions"]["ice"]["max"]
+    assert 0 < largest <= channels["absmax"]
 
 
 def test_a_clip_is_described_by_its_values(opened: InspectedDataset, features: Path) -> None:

@@ -115,6 +115,10 @@ def test_an_empty_selection_is_an_error(dataset: Path) -> None:
         ({"mixture_block": 7}, r"data\.mixture_block=7: has no effect"),
         ({"staging": {"max_bytes": 5}}, r"data\.staging\.max_bytes=5: has no effect"),
         ({"reader": {"max_bad_fraction": 0.5}}, r"data\.reader\.max_bad_fraction=0\.5: has no effect"),
+        (
+            {"mixture": [{"view": ["base"], "weight": 1.0}, {"view": ["base"], "weight": 2.0}]},
+            r"data\.mixture\.1\.view=\['base'\]: another part draws from the same clips.*weight 3",
+        ),
         ({"mixture": [{"view": ["bace"], "weight": 1.0}]}, r"data\.mixture\.0\.view=bace.*did you mean base"),
         ({"view": ["base"], "mixture": [{"view": ["ice"], "weight": 1.0}]}, r"data\.mixture\.0\.view=ice"),
         (

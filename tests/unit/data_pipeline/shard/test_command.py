@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.dataset.inspect import InspectedDataset
 from data_pipeline.dataset.manifest import load_manifest
 from data_pipeline.errors import DataError
 from hopescale.cli import app
@@ -79,6 +80,44 @@ def test_settings_of_the_source_have_its_name_in_front(tmp_path: Path) -> None:
     assert shard_clips(str(source), tmp_path / "one", one_rule, _bar)["clips"] == 8
 
 
+def test_what_was_assumed_of_a_source_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        for folder, name, shape in (("feature_maps", "f", (4, 6, 8)), ("actions_states", "actions", (4, 2))):
+            path = tmp_path / "tree" / f"clip_{number:05d}" / folder / f"{name}.npy"
+            path.parent.mkdir(parents=True)
+            np.save(path, np.ones(shape, np.float32))
+    shard_clips(str(tmp_path / "tree"), tmp_path / "out", [], _bar)
+    said = capsys.readouterr().err
+    assert "provenance.action_alignment names other rules" in said
+    assert "with provenance.encode_mode=per-frame, prefix or clip" in said
+    told = ["provenance.action_alignment=row1-to-row0", "provenance.encode_mode=per-frame", "dry_run=true"]
+    shard_clips(str(tmp_path / "tree"), tmp_path / "other", told, _bar)
+    assert "provenance." not in capsys.readouterr().err
+    with pytest.raises(DataError, match="rows x columns of a frame's tokens, such as 1x6"):
+        shard_clips(str(tmp_path / "tree"), tmp_path / "other", [*told, "provenance.grid=5x5"], _bar)
+
+
+def test_arrays_in_fortran_order_are_stored_in_c_order_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 4, 6, 8)).astype(np.float32)
+    (tmp_path / "flat").mkdir()
+    for number, order in enumerate((np.asfortranarray, np.ascontiguousarray)):
+        np.save(tmp_path / "flat" / f"clip_{number}.features.npy", order(values[number]))
+        np.save(tmp_path / "flat" / f"clip_{number}.actions.npy", np.ones((3, 2), np.float32))
+    result = shard_clips(str(tmp_path / "flat"), tmp_path / "out", ["provenance.encode_mode=per-frame"], _bar)
+    assert result["notes"] == ["features: 1 clips have it in Fortran order; it was stored in C order"]
+    opened = InspectedDataset(tmp_path / "out")
+    for number in range(2):
+        np.testing.assert_array_equal(opened.values(opened.row(f"clip_{number}"), "features"), values[number])
+    assert "Fortran order" in capsys.readouterr().out
+
+
+def test_a_setting_written_as_an_option_is_told_as_a_setting(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\A--dtype=nothing: .*write dtype=VALUE\Z"):
+        shard_clips(str(features), tmp_path / "out", ["--dtype", "int8"], _bar)
+
+
 @pytest.mark.parametrize(
     ("setting", "error", "expected"),
     [
@@ -92,6 +131,8 @@ def test_settings_of_the_source_have_its_name_in_front(tmp_path: Path) -> None:
         ("workers=0", DataError, "workers=0: must be at least 1"),
         ("part=4/4", DataError, "part=4/4: must be i/n"),
         ("kind=feature", DataError, "did you mean features?"),
+        ("--clips-per-shard=3", ConfigError, "without dashes. Fix: write clips_per_shard=3"),
+        ("split=0.1", DataError, "Fix: write e.g. heldout=0.1"),
     ],
 )
 def test_unknown_settings_and_values_are_refused(

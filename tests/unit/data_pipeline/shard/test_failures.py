@@ -57,7 +57,7 @@ def test_bad_clips_end_the_run_by_name_or_are_left_out_and_listed(tmp_path: Path
     assert any(text in str(caught.value) and key in str(caught.value) for key, text in reasons.items())
     assert _no_leftovers(tmp_path / "fail")
     seen: list[SharderStats] = []
-    some: dict[str, Any] = {"clips_per_shard": 4, "on_error": "skip", "max_bad_fraction": 0.2}
+    some: dict[str, Any] = {"clips_per_shard": 4, "on_error": "skip", "max_bad_fraction": 0.25}
     with pytest.raises(DataError, match=r"cannot be used, e.g. .*allow it: max_bad_fraction="):
         shard(broken, tmp_path / "few", clips_per_shard=4, on_error="skip")
     manifest = shard(broken, tmp_path / "skip", **some, report=seen.append)
@@ -259,6 +259,10 @@ def test_too_many_bad_clips_end_the_run_and_are_read_again_by_the_next(tmp_path:
     listed = replace(source, bad=tuple(SkippedClip(f"z{i}", "row", "no header") for i in range(2)))
     with pytest.raises(DataError, match="2 of 42 clips cannot be used"):
         shard(listed, tmp_path / "listed", on_error="skip")
+    # What the listing leaves out and what reading does count together.
+    one_each = replace(source, bad=listed.bad[:1], unreadable=frozenset({source.clips[0].key}))
+    with pytest.raises(DataError, match="2 of 41 clips cannot be used"):
+        shard(one_each, tmp_path / "each", on_error="skip")
 
 
 def test_a_complete_data_set_with_other_limits_is_not_called_damaged(tmp_path: Path) -> None:

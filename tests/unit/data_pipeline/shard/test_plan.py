@@ -162,8 +162,11 @@ def test_a_shard_holds_half_a_gibibyte_unless_told_otherwise() -> None:
         ({"features": ArraySpec("float16", (4, 6, 17))}, "its features are float16 [4, 6, 17]; base/clip_00000 has"),
         ({"features": ArraySpec("float16", (4, 96))}, "its features have shape [4, 96], not 3 axes"),
         ({"features": ArraySpec("float16", (1, 6, 16))}, "one frame has no transition"),
-        ({"actions": ArraySpec("float32", (5, 2))}, "its actions have 5 rows; 4 frames (as-is) need 3"),
-        ({"states": ArraySpec("float32", (3, 3))}, "its states have 3 rows; 4 frames (as-is) need 4"),
+        (
+            {"actions": ArraySpec("float32", (5, 2))},
+            "its actions have 5 rows; 4 frames (action_alignment as-is) need 3",
+        ),
+        ({"states": ArraySpec("float32", (3, 3))}, "its states have 3 rows; 4 frames (action_alignment as-is) need 4"),
         ({"features_scale": ArraySpec("float32", (16,))}, "features_scale belongs to int8 features"),
         ({"rewards": ArraySpec("float32", (3, 1))}, "it has a field rewards"),
     ],
@@ -200,6 +203,8 @@ def test_what_no_choice_can_mend_is_refused_even_if_clips_may_be_left_out() -> N
         _plan(twice, on_error="skip")
     with pytest.raises(DataError, match="lists no clips that can be used: gone"):
         _plan(replace(source, clips=[], bad=(SkippedClip("a", "a", "gone"),)), on_error="skip")
+    with pytest.raises(DataError, match=r"clip a: gone\. Fix: correct the settings that say how the source is read"):
+        _plan(replace(source, clips=[], bad=(SkippedClip("a", "a", "gone"),)))
     grid = replace(source, provenance=SourceProvenance(grid=(2, 2)))
     with pytest.raises(DataError, match=r"grid=\[2, 2\]: a frame of the source has 6 tokens"):
         _plan(grid)

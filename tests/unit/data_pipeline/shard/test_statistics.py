@@ -72,6 +72,10 @@ def test_all_tokens_give_what_numpy_gives_in_double_precision(tmp_path: Path, dt
     np.testing.assert_allclose(mean_frame, _normalised(features).mean(0), atol=near)
     assert list(found["partitions"]) == ["base", "ice"]
     for number, partition in enumerate(found["partitions"]):
+        values = _training(source, "features", str(partition))
+        assert found["features_count"][number] == values.size
+        for name, expected in (("mean", values.mean()), ("std", values.std()), ("min", values.min())):
+            np.testing.assert_allclose(found[f"features_{name}"][number], [expected], rtol=near, atol=near * 3)
         for field in ("actions", "states", "extrinsics"):
             part = _training(source, field, str(partition))
             assert found[f"{field}_count"][number] == len(part)

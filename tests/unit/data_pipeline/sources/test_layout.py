@@ -111,7 +111,9 @@ def test_rows_of_actions_fit_the_alignment(alignment: str, fit: tuple[int, ...],
         # All recorded rows are kept: alignment is the reader's.
         assert specs(fields((4, 6, 8), rows=rows), action_alignment=alignment)[0]["actions"].shape == (rows, 2)
     for rows in misfit:
-        with pytest.raises(BadClip, match=f"actions have {rows} rows, and 4 frames need .* is {alignment}"):
+        with pytest.raises(
+            BadClip, match=f"actions have {rows} rows, and 4 frames need .*provenance.action_alignment={alignment}"
+        ):
             specs(fields((4, 6, 8), rows=rows), action_alignment=alignment)
 
 
