@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from hopescale import __version__
-from hopescale.errors import UserError, describe
+from hopescale.errors import ConfigError, Problem, UserError, describe
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train HOPE predictors on clips."
@@ -26,9 +27,29 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optimizer.lr=1e-3.")
 ]
-DASHES = {"ignore_unknown_options": True}
-"""Of commands whose settings may be mistaken for options: the error then says how to write them."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+class WithSettings(TyperCommand):
+    """A command whose settings may be mistaken for options: the error then says how to write them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse options that there are not.
+
+        Raises:
+            ConfigError: names all of them.
+        """
+        known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        given = [text.partition("=") for text in args if text.startswith("--") and text != "--"]
+        rule = "is no option of this command, and settings are written without dashes"
+        problems = [
+            Problem(name, value or "nothing", rule, f"write {name[2:].replace('-', '_')}={value or 'VALUE'}")
+            for name, _, value in given
+            if name not in {*known, "--help"}
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return super().parse_args(ctx, args)
 
 
 @app.command()
@@ -126,7 +147,7 @@ def plan(
     _finish(figures, as_json)
 
 
-@data_app.command(context_settings=DASHES)
+@data_app.command(cls=WithSettings)
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
     overrides: Settings = None,
@@ -142,7 +163,7 @@ def simulate(
     _finish_data(simulate_pixels(out, overrides or [], progress), as_json)
 
 
-@data_app.command(context_settings=DASHES)
+@data_app.command(cls=WithSettings)
 def encode(
     pixels: Annotated[Path, typer.Argument(help="Folder of pixels, or of videos: KEY.mp4 and KEY.actions.npy.")],
     out: Annotated[Path, typer.Argument(help="Folder for the features.")],
@@ -171,7 +192,7 @@ def encode(
             print(f"part {index} of {count} is done; the last one to finish completes the folder")
 
 
-@data_app.command(context_settings=DASHES)
+@data_app.command(cls=WithSettings)
 def shard(
     source: Annotated[str, typer.Argument(help="Folder or file of clips, e.g. what `data encode` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
@@ -205,7 +226,7 @@ def merge(
     _finish_data(merge_shards(out), as_json)
 
 
-@data_app.command("verify", context_settings=DASHES)
+@data_app.command("verify", cls=WithSettings)
 def verify_data(
     dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     overrides: Settings = None,
@@ -228,7 +249,7 @@ def verify_data(
     raise typer.Exit(code)
 
 
-@data_app.command("inspect", context_settings=DASHES)
+@data_app.command("inspect", cls=WithSettings)
 def inspect_data(
     dataset: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     overrides: Settings = None,
@@ -241,7 +262,7 @@ def inspect_data(
     _finish(inspect_dataset(dataset, overrides or [], png, quiet=as_json), as_json)
 
 
-@data_app.command("index", context_settings=DASHES)
+@data_app.command("index", cls=WithSettings)
 def index_data(
     folder: Annotated[Path, typer.Argument(help="Folder of .tar files: KEY.features.npy, KEY.actions.npy, ….")],
     overrides: Settings = None,

@@ -131,19 +131,9 @@ def parse_settings(settings: Sequence[str], valid: dict[str, Any]) -> dict[str, 
     Raises:
         ConfigError: unknown settings, values of another type, or settings given twice; all at once.
     """
-    values, problems, wanting = {}, [], ""
+    values, problems = {}, []
     for text in settings:
         name, equals, raw = text.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") in valid:
-            name = name[2:].replace("-", "_")
-            fix = f"write {name}={raw or 'VALUE'}"
-            problems.append(Problem(text, raw or "nothing", "settings are written without dashes", fix))
-            wanting = "" if equals else name
-            continue
-        if wanting and not equals:
-            # The value that the setting with dashes was meant to have.
-            wanting = ""
-            continue
         if not equals or name not in valid:
             problems.append(Problem(name, raw or "nothing", "is not a setting of this command", nearest(name, valid)))
             continue

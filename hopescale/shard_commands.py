@@ -16,6 +16,7 @@ from data_pipeline.shard.merge import merge
 from data_pipeline.shard.plan import Plan, ShardSettings, Work, payload_bytes
 from data_pipeline.shard.run import WHOLE, OpenedClips, RunSettings, open_clips, plan_shards, shard_part
 from data_pipeline.sources.base import SourceProvenance
+from data_pipeline.sources.thesis import ThesisTree
 from data_pipeline.stats import SharderStats
 from hopescale.data_commands import Bar, byte_text, parse_settings, with_rules
 from hopescale.errors import ConfigError, Problem
@@ -42,17 +43,26 @@ def shard_clips(source: str, out: Path, settings: Sequence[str], bar: Bar) -> di
     how = RunSettings(**{name: values[name] for name in _RUN if name in values})
     given = {name: values[name] for name in _SOURCE if name in values}
     clips = open_clips(source, options=prefixed["source."], provenance=prefixed["provenance."], **given)
+    alignment_given = "action_alignment" in prefixed["provenance."]
     if values.get("dry_run", False):
         _check_dry_run(values)
-        return _dry_run(clips, out, made, how, "action_alignment" in prefixed["provenance."])
+        return _dry_run(clips, out, made, how, alignment_given)
     watch = _Watch(bar, _metrics_file(values.get("metrics_file")))
     part = values.get("part", WHOLE)
-    manifest = shard_part(clips, out, made, how, part, progress=watch.clip_done, report=watch.shard_done)
+    manifest = shard_part(
+        clips,
+        out,
+        made,
+        how,
+        part,
+        planned=lambda plan: _advise(plan, alignment_given),
+        progress=watch.clip_done,
+        report=watch.shard_done,
+    )
     watch.say(last=True)
     if manifest is None:
         print(f"part {part} is done; `hopescale data merge {out}` completes the data set when all parts are")
         return {"out": str(out), "clips": watch.stats.clips + watch.stats.skipped, "part": part, **asdict(watch.stats)}
-    _advise(manifest, "action_alignment" in prefixed["provenance."])
     return _described(out, manifest) | {"statistics": asdict(watch.stats)}
 
 
@@ -140,15 +150,15 @@ def _dry_run(
     return result
 
 
-def _advise(made: Plan | Manifest, alignment_given: bool) -> None:
+def _advise(plan: Plan, alignment_given: bool) -> None:
     """Name what was assumed because nobody said it, where a wrong assumption would spoil the training."""
-    if made.action_alignment == "row1-to-row0" and not alignment_given:
+    if plan.source.kind == ThesisTree.kind and plan.action_alignment == "row1-to-row0" and not alignment_given:
         print(
             "action_alignment=row1-to-row0, as the pipeline of such trees trains: row 1 of a clip's actions acts "
             "between its frames 0 and 1, and no other row is used; provenance.action_alignment names other rules",
             file=sys.stderr,
         )
-    if made.provenance.encode_mode == "unknown":
+    if plan.provenance.encode_mode == "unknown":
         print(
             "encode_mode=unknown: training refuses such features, unless data.allow_leaky_features=true; say which "
             "frames they were encoded from with provenance.encode_mode=per-frame, prefix or clip",

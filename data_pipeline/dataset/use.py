@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data_pipeline.errors import DataError, Problem, nearest
 from data_pipeline.order import quotas
-from data_pipeline.schema import LEAKY_ENCODE_MODES, DataConfig, Manifest, ReaderConfig, SourceConfig, Split
+from data_pipeline.schema import LEAKY_ENCODE_MODES, DataConfig, Manifest, ReaderConfig, Split
 
 
 def check_use(manifest: Manifest, config: DataConfig, split: Split) -> None:
@@ -79,9 +79,9 @@ def _mixture_problems(manifest: Manifest, config: DataConfig) -> Iterator[Proble
             elif manifest.partitions.get(name, {}).get("train", 0) == 0:
                 rule = "the partition has no training clips"
                 yield Problem(f"data.mixture.{number}.view", name, rule, "draw from another partition")
-        twin = next((other for other in config.mixture[:number] if _same_clips(part, other)), None)
-        if twin is not None:
-            fix = f"add the weights: one part of weight {part.weight + twin.weight:g}"
+        twins = [other for other in config.mixture if set(part.view) == set(other.view) and part.clips == other.clips]
+        if len(twins) > 1 and part is twins[-1]:
+            fix = f"add the weights: one part of weight {sum(twin.weight for twin in twins):g}"
             yield Problem(f"data.mixture.{number}.view", list(part.view), "another part draws from the same clips", fix)
     if config.mixture and min(quotas([part.weight for part in config.mixture], config.mixture_block)) < 1:
         weights = [part.weight for part in config.mixture]
@@ -90,10 +90,6 @@ def _mixture_problems(manifest: Manifest, config: DataConfig) -> Iterator[Proble
     if config.mixture and config.tail != "continuous":
         rule = "a mixture has no epochs that could end, for its parts are of different length"
         yield Problem("data.tail", config.tail, rule, "set data.tail=continuous")
-
-
-def _same_clips(one: SourceConfig, other: SourceConfig) -> bool:
-    return set(one.view) == set(other.view) and one.clips == other.clips
 
 
 def _frame_problems(manifest: Manifest, config: DataConfig) -> Iterator[Problem]:

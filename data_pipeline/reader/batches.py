@@ -157,6 +157,8 @@ class GlobalBatches(Iterator[StepBatches]):
     def _start(self) -> Ring[StepBatches]:
         reader, config = self._reader, self._reader.config
         threads = config.reader.threads or min(4, available_processors())
+        # Before the threads start, of which one may be in the next epoch already and would sort that one first.
+        self._order.at(self._position, 1)
         # A shard that is open keeps its space on the node, also when its copy was given up. All threads together stay
         # below the 1024 files that a process usually may open.
         group = config.order_shards * max(1, len(config.mixture)) if config.order == "windowed" else MAX_OPEN

@@ -96,7 +96,6 @@ class EpochOrder:
         if offset + count <= min(len(self.uids), self.epoch_length):
             # Within an epoch, which is nearly always, a slice says it all.
             rows = self._order(epoch)[offset : offset + count].astype(np.int64)
-            # Not before this epoch is sorted, or the next one might get there first.
             if self.epoch_length > SLOW_TO_SORT and 2 * offset > self.epoch_length:
                 self._prepare(epoch + 1)
             return Places(rows, np.ones(count, np.float32), np.zeros(count, np.int64))

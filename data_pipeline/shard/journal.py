@@ -102,6 +102,7 @@ class ShardRecord:
         max_error: Limit of the error of conversion that decided what was left out.
         worst_error: Largest error of a clip that was written.
         reordered: By field, clips whose source has it in Fortran order.
+        max_bad_fraction: Share of all clips that whoever wrote it allowed to leave out.
     """
 
     plan: str
@@ -113,6 +114,7 @@ class ShardRecord:
     max_error: float = 0.0
     worst_error: float = 0.0
     reordered: dict[str, int] = field(default_factory=dict)
+    max_bad_fraction: float = 1.0
 
     @property
     def num_bytes(self) -> int:
@@ -148,7 +150,8 @@ def read_plan(out: Path) -> Plan:
         document = json.loads(path.read_bytes())
         version = document.get("format") if isinstance(document, dict) else None
         if version != PLAN_FORMAT:
-            raise DataError(Problem("out", path, f"is of format {version}; this release reads {PLAN_FORMAT}", fix))
+            rule = f"is of another release: format {version}, and this one reads {PLAN_FORMAT}"
+            raise DataError(Problem("out", path, rule, "use that release, or make the data set again"))
         plan = _PLAN.validate_python(document)
     except (ValidationError, ValueError, RecursionError) as error:
         raise DataError(Problem("out", path, f"not readable as a plan ({error})", fix)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from data_pipeline.shard.plan import Plan
 from data_pipeline.shard.statistics import Summary, merged
 from data_pipeline.shard.worker import CONVERSION, writing
 from data_pipeline.shard.zarr_output import write_group
+from data_pipeline.sources.base import SkippedClip
 
 _AGAIN = (
     "run `hopescale data shard` for the missing parts, with the settings of the others; without part it writes "
@@ -68,7 +70,7 @@ def merge_plan(out: Path, plan: Plan) -> Manifest:
     remove_unheld(out / PLAN_LOCK)
     remove_leftovers(out, [shard.name for shard in plan.shards])
     records = _records(out, plan)
-    _check_limits(records)
+    _check_limits(plan, records)
     if not any(record.clips for record in records):
         skipped = next(record.skipped[0] for record in records if record.skipped)
         rule = f"every clip was left out; {skipped.key}: {skipped.reason}"
@@ -91,6 +93,23 @@ def merge_plan(out: Path, plan: Plan) -> Manifest:
     return load_manifest(out, field="out")
 
 
+def check_bad(left_out: Sequence[SkippedClip], clips: int, max_bad_fraction: float) -> None:
+    """Refuse to go on when so many clips cannot be used that something else must be wrong.
+
+    Args:
+        left_out: Of all parts.
+        clips: Of all parts, these included.
+        max_bad_fraction: Share of them that may be left out; one always may.
+
+    Raises:
+        DataError: More are.
+    """
+    if len(left_out) > max(1, math.floor(max_bad_fraction * clips + 1e-9)):
+        rule = f"{len(left_out)} of {clips} clips cannot be used, e.g. {left_out[0].key}: {left_out[0].reason}"
+        fix = f"look after the source, or allow it: max_bad_fraction={math.ceil(100 * len(left_out) / clips) / 100:g}"
+        raise DataError(Problem("max_bad_fraction", max_bad_fraction, rule, fix))
+
+
 def _records(out: Path, plan: Plan) -> list[ShardRecord]:
     found = {shard.name: read_record(out, shard.name) for shard in plan.shards}
     records = [record for record in found.values() if record is not None and is_complete(out, plan, record)]
@@ -102,8 +121,11 @@ def _records(out: Path, plan: Plan) -> list[ShardRecord]:
     return records
 
 
-def _check_limits(records: Sequence[ShardRecord]) -> None:
+def _check_limits(plan: Plan, records: Sequence[ShardRecord]) -> None:
     """Refuse parts made with different limits, unless the strictest of them would have given the same."""
+    if allowed := [record.max_bad_fraction for record in records if record.skipped]:
+        left_out = [*plan.bad, *(clip for record in records for clip in record.skipped)]
+        check_bad(left_out, plan.num_clips + len(plan.bad), min(allowed))
     limits = {record.max_error: record.name for record in records}
     strictest = min(limits, default=0.0)
     if len(limits) > 1 and any(record.skipped or record.worst_error > strictest for record in records):

@@ -29,10 +29,10 @@ from data_pipeline.sources.provenance import likely_grid
 
 SKIP_OR_REPAIR = "repair the clip, or leave such clips out with on_error=skip"
 _HOW_TO_READ = "correct the settings that say how the source is read, source.OPTION and provenance.ENTRY, or the source"
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 """Of plan.json and of the journal beside it."""
 
-SHARD_VERSION = 3
+SHARD_VERSION = 2
 """Counted up when the same plan would give other bytes."""
 
 SHARD_BYTES = 512 << 20

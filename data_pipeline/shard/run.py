@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from data_pipeline.shard.journal import (
     write_plan,
 )
 from data_pipeline.shard.lock import PLAN_LOCK, PartLock, is_lock, waiting_lock
-from data_pipeline.shard.merge import merge_plan
+from data_pipeline.shard.merge import check_bad, merge_plan
 from data_pipeline.shard.plan import (
     SHARD_VERSION,
     Container,
@@ -226,7 +225,7 @@ def plan_shards(clips: OpenedClips, settings: ShardSettings, how: RunSettings) -
         require_zarr()
     listing = clips.source.listing()
     plan, work = make_plan(listing, clips.source.provenance, clips.record, settings, how.on_error)
-    _check_bad(plan.bad, plan.num_clips + len(plan.bad), how)
+    check_bad(plan.bad, plan.num_clips + len(plan.bad), how.max_bad_fraction)
     return plan, work
 
 
@@ -237,6 +236,7 @@ def shard_part(
     how: RunSettings,
     part: str = WHOLE,
     *,
+    planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> Manifest | None:
@@ -248,6 +248,7 @@ def shard_part(
         settings: What to make of it.
         how: How.
         part: `i/n` with i from 0: all n parts write to the same folder, and `merge` completes it.
+        planned: Called with the plan before anything is written.
         progress: See `shard`; of this part.
         report: See `shard`.
 
@@ -260,6 +261,8 @@ def shard_part(
     part_of(part, 0)
     _check_folder(out)
     plan, work = plan_shards(clips, settings, how)
+    if planned is not None:
+        planned(plan)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = PartLock(out, part)
@@ -268,7 +271,7 @@ def shard_part(
             _begin(out, plan)
         numbers = part_of(part, len(plan.shards))
         names = [plan.shards[number].name for number in numbers]
-        job = Job(clips.source, out, replace(plan, clips=(), bad=()), how.on_error, how.max_error)
+        job = Job(clips.source, out, replace(plan, clips=(), bad=()), how.on_error, how.max_error, how.max_bad_fraction)
         run = _Run(job, how, [(number, work[number]) for number in numbers], plan, progress, report)
         try:
             with writing(out):
@@ -317,7 +320,7 @@ def rebuild_shard(out: Path, name: str, folder: Path, source: Path | str | None)
     with writing(folder):
         for each in (SHARD_FOLDER, JOURNAL_FOLDER):
             (folder / each).mkdir(parents=True, exist_ok=True)
-    job = Job(clips.source, folder, replace(plan, clips=(), bad=()), "fail", old.max_error)
+    job = Job(clips.source, folder, replace(plan, clips=(), bad=()), "fail", old.max_error, old.max_bad_fraction)
     planned = [PlannedClip(listed[clip.key], clip.partition, clip.phase) for clip in old.clips]
     return write_shard(job, numbers[name], planned, lambda: None)
 
@@ -381,7 +384,10 @@ class _Run:
                     rewrite_record(self._job.out, replace(record, max_error=self._how.max_error))
             skipped, bad = self._stats.skipped + len(record.clips), self._stats.bad + len(record.skipped)
             self._stats = replace(self._stats, skipped=skipped, bad=bad)
+            self._left_out += record.skipped
             self._done += len(clips)
+        if self._complete and self._how.on_error == "skip":
+            self._check_bad()
         if (self._job.out / MANIFEST_FILE).is_file() and left:
             raise self._damaged([self._job.plan.shards[number].name for number, _ in left])
         self._tell()
@@ -426,10 +432,7 @@ class _Run:
 
     def _shard_done(self, finished: Finished) -> None:
         self._left_out += finished.skipped
-        # A part may have an unfair share of the bad clips, but not all that the whole may leave out.
-        _check_bad(self._left_out, self._total, self._how)
-        bad = [*self._whole.bad, *self._left_out]
-        _check_bad(bad, self._whole.num_clips + len(self._whole.bad), self._how)
+        self._check_bad()
         self._stats = replace(
             self._stats,
             clips=self._stats.clips + finished.num_clips,
@@ -440,17 +443,14 @@ class _Run:
         )
         self._tell()
 
+    def _check_bad(self) -> None:
+        # Over all parts, as far as they are known here: one may have an unfair share of the bad clips.
+        bad = [*self._whole.bad, *self._left_out]
+        check_bad(bad, self._whole.num_clips + len(self._whole.bad), self._how.max_bad_fraction)
+
     def _tell(self) -> None:
         if self._report is not None:
             self._report(self._stats)
-
-
-def _check_bad(left_out: Sequence[SkippedClip], clips: int, how: RunSettings) -> None:
-    """Refuse to go on when so many clips cannot be used that something else must be wrong."""
-    if len(left_out) > max(1, math.floor(how.max_bad_fraction * clips)):
-        rule = f"{len(left_out)} of {clips} clips cannot be used, e.g. {left_out[0].key}: {left_out[0].reason}"
-        fix = f"look after the source, or allow it: max_bad_fraction={math.ceil(100 * len(left_out) / clips) / 100:g}"
-        raise DataError(Problem("max_bad_fraction", how.max_bad_fraction, rule, fix))
 
 
 def _check_folder(out: Path) -> None:

@@ -67,6 +67,7 @@ class Job:
         on_error: fail ends the run at a clip that cannot be used, skip leaves it out.
         max_error: Largest relative error that a conversion of the features may make in a clip, over the tokens that the
             plan's statistics take.
+        max_bad_fraction: For the record; who writes many shards judges it over all.
     """
 
     source: Source
@@ -74,6 +75,7 @@ class Job:
     plan: Plan
     on_error: OnError
     max_error: float
+    max_bad_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def write_shard(job: Job, number: int, clips: Sequence[PlannedClip], clip_done: 
         max_error=job.max_error,
         worst_error=worst,
         reordered=dict(reordered),
+        max_bad_fraction=job.max_bad_fraction,
     )
     parts = statistics.arrays() | {CONVERSION: np.append(deviation.sums, deviation.min_cosine)}
     with writing(job.out):

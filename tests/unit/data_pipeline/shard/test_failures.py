@@ -17,7 +17,11 @@ import pytest
 
 from data_pipeline.dataset.index import Index
 from data_pipeline.errors import DataError, Problem
+from data_pipeline.schema import Manifest
 from data_pipeline.shard import shard
+from data_pipeline.shard.merge import merge
+from data_pipeline.shard.plan import ShardSettings, SourceRecord
+from data_pipeline.shard.run import OpenedClips, RunSettings, shard_part
 from data_pipeline.shard.walk import open_regular, walk
 from data_pipeline.sources.base import SkippedClip, SourceClip
 from data_pipeline.stats import SharderStats
@@ -263,6 +267,38 @@ def test_too_many_bad_clips_end_the_run_and_are_read_again_by_the_next(tmp_path:
     one_each = replace(source, bad=listed.bad[:1], unreadable=frozenset({source.clips[0].key}))
     with pytest.raises(DataError, match="2 of 41 clips cannot be used"):
         shard(one_each, tmp_path / "each", on_error="skip")
+
+
+def test_parts_may_leave_out_no_more_than_the_whole(tmp_path: Path) -> None:
+    source = memory_source(40)
+    lost = replace(source, unreadable=frozenset(clip.key for clip in source.clips[::10]))
+    opened = OpenedClips(lost, SourceRecord("memory", None, {}))
+    settings = ShardSettings(clips_per_shard=5)
+
+    def make(out: Path, fraction: float, parts: int) -> Manifest:
+        how = RunSettings(on_error="skip", max_bad_fraction=fraction)
+        for number in range(parts):
+            shard_part(opened, out, settings, how, f"{number}/{parts}")
+        return merge(out)
+
+    # One bad clip is allowed to each part, four to none of all.
+    with pytest.raises(DataError, match="4 of 40 clips cannot be used"):
+        make(tmp_path / "parts", 0.05, 8)
+    with pytest.raises(DataError, match="4 of 40 clips cannot be used"):
+        merge(tmp_path / "parts")
+    # The share that is suggested is enough, and a part may have all of them.
+    assert make(tmp_path / "allowed", 0.1, 2).num_clips == 36
+
+
+def test_a_run_that_left_out_too_many_clips_cannot_be_merged(tmp_path: Path) -> None:
+    source = memory_source(20, heldout=0)
+    lost = replace(source, unreadable=frozenset(clip.key for clip in source.clips[:3]))
+    for _ in range(2):
+        with pytest.raises(DataError, match="of 20 clips cannot be used"):
+            shard(lost, tmp_path, clips_per_shard=30, on_error="skip")
+        with pytest.raises(DataError, match="of 20 clips cannot be used"):
+            merge(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_complete_data_set_with_other_limits_is_not_called_damaged(tmp_path: Path) -> None:
