@@ -13,6 +13,8 @@ from hopescale.errors import ConfigError, DataError, Problem, UserError
 from hopescale.evaluate import CONTEXT
 from hopescale.metrics.sinks.prometheus import check_endpoint
 from hopescale.metrics.sinks.tensorboard import summary_writer
+from hopescale.parallel.deepspeed import import_deepspeed
+from hopescale.parallel.mesh import degrees_of
 from hopescale.parallel.process_group import Launch
 from hopescale.plan.optimizer import check_plan
 
@@ -28,7 +30,11 @@ def preflight(config: Config, launch: Launch) -> tuple[ClipReader, ClipReader]:
     problems: list[Problem] = []
     readers = _collect(problems, lambda: _open_readers(config, launch))
     _collect(problems, lambda: _check_run_folder(config))
-    _collect(problems, lambda: check_plan(config, launch.world_size))
+    degrees = _collect(problems, lambda: degrees_of(config.parallel, launch.world_size))
+    if degrees is not None:
+        _collect(problems, lambda: check_plan(config, degrees.shard))
+    if config.parallel.engine == "deepspeed":
+        _collect(problems, import_deepspeed)
     if config.metrics.tensorboard:
         _collect(problems, summary_writer)
     if launch.local_rank == 0:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+import data_pipeline
+import hopescale
 from data_pipeline.reader.batches import GlobalBatches
 from data_pipeline.reader.clips import ClipReader
 from hopescale import __version__
@@ -31,13 +32,11 @@ from hopescale.metrics.open import open_recorder
 from hopescale.model.build import build_predictor
 from hopescale.model.init import initialise
 from hopescale.model.teaching import at_step
-from hopescale.optim.m3 import M3
-from hopescale.optim.routing import parameter_groups, routing_table
+from hopescale.optim.routing import routing_table
 from hopescale.optim.schedule_table import schedule_table
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.parallel.agreement import Together, check_agreement, decide_on_first
-from hopescale.parallel.fsdp import free_gathered, shard_model
-from hopescale.parallel.mesh import build_mesh
+from hopescale.parallel.engine import Engine, open_engine
 from hopescale.parallel.process_group import (
     Launch,
     choose_device,
@@ -99,25 +98,24 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         logger.info("run: %s", run.path)
         stack.enter_context(attempt.failing_aloud())
         attempt.say("running")
-        check_agreement({"configuration": config_hash(config), "data": data.fingerprint()})
+        check_agreement({"configuration": config_hash(config), "code": code_hash(), "data": data.fingerprint()})
         report_unread(config, data)
-        model, optimizer = build(config, device, launch.world_size)
+        engine = build(config, device, launch.world_size)
         checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
         batches = global_batches(config, launch, device, data, attempt)
-        state = resume(run, config, batches, checkpoints, model, optimizer)
+        state = resume(run, config, batches, checkpoints, engine)
         decide_on_first(lambda: run.write_config(config))
-        groups = [group["name"] for group in optimizer.param_groups]
+        groups = [group["name"] for group in engine.optimizer.param_groups]
         with Together():
             recorder = open_recorder(config, attempt, launch, groups, state.step, device, stack)
         recorder.set("run_info", 1, **run_info(config, attempt))
         trainer = Trainer(
             config=config,
-            model=model,
-            optimizer=optimizer,
+            engine=engine,
             data=stack.enter_context(closing(batches)),
             recorder=recorder,
             checkpoints=checkpoints,
-            evaluate=lambda: evaluate(model, config, held_out, device, launch, state.step),
+            evaluate=lambda: evaluate(engine, config, held_out, device, launch, state.step),
             attempt=attempt,
             state=state,
             device=device,
@@ -166,11 +164,11 @@ def global_batches(
 
 
 def evaluate(
-    model: nn.Module, config: Config, held_out: ClipReader, device: torch.device, launch: Launch, step: int
+    engine: Engine, config: Config, held_out: ClipReader, device: torch.device, launch: Launch, step: int
 ) -> dict[str, float | None]:
     """Skills on all held-out clips, shared among the ranks, after `step` optimizer steps."""
     errors = held_out_errors(
-        at_step(model, config.model.cms, step),
+        at_step(engine.model, config.model.cms, step),
         held_out,
         jump_horizons=config.objective.jump_horizons if config.model.can_jump else 0,
         jump_context=config.objective.jump_context,
@@ -180,12 +178,12 @@ def evaluate(
         shuffled=True,
         guard=Together,
     )
-    free_gathered(model)
+    engine.finish_evaluation()
     return summarise(errors.over_ranks(dist.all_reduce), sorted(set(held_out.partitions)))
 
 
-def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Module, M3]:
-    """Predictor and optimizer: build, initialise, recompute, compile, shard, then route parameters to groups."""
+def build(config: Config, device: torch.device, world_size: int) -> Engine:
+    """Predictor and optimizer: build, initialise, recompute, compile, spread, then route parameters to groups."""
     model = build_predictor(config.model)
     initialise(model, config.train.seed)
     model.to(device)
@@ -193,15 +191,12 @@ def build(config: Config, device: torch.device, world_size: int) -> tuple[nn.Mod
     if config.parallel.compile:
         for block in model.blocks:
             block.compile()
-    mesh = build_mesh(device, world_size)
-    shard_model(model, list(model.blocks), mesh, reshard_after_forward=config.parallel.reshard_after_forward)
-    groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
-    optimizer = M3(groups, config.optimizer)
+    engine = open_engine(model, config, device, world_size)
     if dist.get_rank() == 0:
-        logger.info("%s", routing_table(groups))
-        for schedule in optimizer.schedules():
+        logger.info("%s", routing_table(engine.optimizer.param_groups))
+        for schedule in engine.optimizer.schedules():
             logger.info("%s", schedule_table(schedule))
-    return model, optimizer
+    return engine
 
 
 def resume(
@@ -209,15 +204,15 @@ def resume(
     config: Config,
     batches: GlobalBatches,
     checkpoints: CheckpointManager,
-    model: nn.Module,
-    optimizer: M3,
+    engine: Engine,
 ) -> RunState:
     """Go on from the newest valid checkpoint of the run folder, or start at step 0."""
     folder = decide_on_first(lambda: newest_valid(run.checkpoints))
     if folder is None:
         return RunState()
     check_same_curve(read_manifest(folder)["config"], to_tree(config))
-    state = checkpoints.restore(folder, model, optimizer)
+    state = checkpoints.restore(folder, engine.model, engine.optimizer)
+    engine.take_loaded()
     # An imported checkpoint has a place in no data yet: it starts behind the clips that its steps would have taken.
     position = state.attempted_steps * config.train.global_batch
     batches.load_state_dict(state.data or {**batches.state_dict(), "position": position})
@@ -228,6 +223,16 @@ def resume(
 def config_hash(config: Config) -> str:
     """12 hex digits that identify a resolved configuration."""
     return hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_hash() -> str:
+    """12 hex digits over this package's and the data pipeline's sources: what a node with another copy differs in."""
+    digest = hashlib.sha256()
+    for package in (hopescale, data_pipeline):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from hopescale.model.block import MAX_BRANCHES
 from hopescale.model.objective import ClipLosses, clip_losses
 from hopescale.model.objective_schema import Branch
 from hopescale.model.teaching import at_step
-from hopescale.optim.m3 import M3, Moved
+from hopescale.optim.m3 import Moved
 from hopescale.optim.schedules import rate_factor
+from hopescale.optim.state import is_spread
 from hopescale.parallel.consolidation import added_changes, consolidate
-from hopescale.parallel.fsdp import reduce_gradients_in_backward
+from hopescale.parallel.engine import Engine
 from hopescale.parallel.gradients import clip_gradients, dead_numbers, group_norms
 
 
@@ -41,8 +42,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: M3,
+    engine: Engine,
     batches: StepBatches,
     config: Config,
     *,
@@ -53,37 +53,56 @@ def train_step(
     """Train on one global batch.
 
     Args:
-        model: sharded predictor, in place.
-        optimizer: over its parameters, in place.
+        engine: predictor and optimizer, spread over ranks; both in place.
         batches: this rank's micro-batches, as many as on every other rank.
         config: of the run, with the objective of its phase.
         attempt: attempted steps so far; random draws depend on it.
         step: optimizer steps so far; the learning rate depends on it, and how much CMS levels learn within a clip.
         report_in: steps from this one to the next report of figures that cost passes over parameters; None for none.
     """
+    model, optimizer = engine.model, engine.optimizer
     rate = rate_factor(config.optimizer.schedule, step, config.train.steps)
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.lr * group["lr_scale"] * rate
     losses, changes, objective = [], [], torch.zeros((), device=batches.micro[0].features.device)
     for number, clips in enumerate(batches.micro):
-        reduce_gradients_in_backward(model, number == len(batches.micro) - 1)
+        engine.begin_micro_batch(last=number == len(batches.micro) - 1)
         loss = micro_losses(at_step(model, config.model.cms, step), clips, config, attempt)
         share = objective_share(loss, batches, config)
-        share.backward()
+        engine.backward(share)
         changes = added_changes(changes, loss.traces)
         losses.append(detached(loss))
         objective += share.detach()
-    norms = group_norms(optimizer.param_groups)
-    # The norms are those of the whole gradient, so every rank comes to the same answer.
-    skipped = not bool(torch.isfinite(norms).all())
-    dead, moved = dead_numbers(optimizer.param_groups) if report_in == 0 else None, []
-    if not skipped:
-        clip_gradients(optimizer.param_groups, norms, config.optimizer.clip)
-        optimizer.step(finite=True, report_in=report_in)
-        moved = optimizer.moved
-        consolidate(model, changes, batches.num_clips, step)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, objective, norms, dead, moved, rate, skipped)
+    seen = _Update(engine, config, report_in)
+    engine.step(seen.update)
+    if not seen.skipped:
+        consolidate(model, changes, batches.num_clips, step, spread=is_spread(optimizer))
+    return StepResult(losses, objective, seen.norms, seen.dead, seen.moved, rate, seen.skipped)
+
+
+class _Update:
+    """What happens to one step's gradients, at the moment when the engine has them."""
+
+    def __init__(self, engine: Engine, config: Config, report_in: int | None) -> None:
+        groups = engine.optimizer.param_groups
+        self._engine, self._config, self._report_in = engine, config, report_in
+        # What holds if an engine finds gradients that are not finite itself.
+        self.norms = torch.full((len(groups),), torch.nan, dtype=torch.float64)
+        self.dead: Tensor | None = None
+        self.moved: list[Moved | None] = []
+        self.skipped = True
+
+    def update(self) -> None:
+        """Measure, clip, step; nothing moves if a gradient is not finite."""
+        optimizer = self._engine.optimizer
+        self.norms = group_norms(optimizer.param_groups, self._engine.shard_group)
+        # The norms are those of the whole gradient, so every rank comes to the same answer.
+        self.skipped = not bool(torch.isfinite(self.norms).all())
+        self.dead = dead_numbers(optimizer.param_groups) if self._report_in == 0 else None
+        if not self.skipped:
+            clip_gradients(optimizer.param_groups, self.norms, self._config.optimizer.clip)
+            optimizer.step(finite=True, report_in=self._report_in)
+            self.moved = optimizer.moved
 
 
 def micro_losses(model: nn.Module, clips: ClipBatch, config: Config, attempt: int) -> ClipLosses:

@@ -11,7 +11,6 @@ from time import time
 from typing import Literal
 
 import torch
-from torch import nn
 
 from data_pipeline.batch import ClipBatch, StepBatches, not_finite
 from data_pipeline.reader.batches import GlobalBatches
@@ -33,6 +32,7 @@ from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.optim.m3 import M3
 from hopescale.parallel.agreement import Together
+from hopescale.parallel.engine import Engine
 from hopescale.run_folder import Attempt
 from hopescale.train_step import StepResult, train_step
 
@@ -52,8 +52,7 @@ class Trainer:
     """
 
     config: Config
-    model: nn.Module
-    optimizer: M3
+    engine: Engine
     data: GlobalBatches
     recorder: Recorder
     checkpoints: CheckpointManager
@@ -83,6 +82,11 @@ class Trainer:
             if self.due(self.config.checkpoint.every) or self.ending:
                 self.save()
         return "finished" if self.finished else "preempted"
+
+    @property
+    def optimizer(self) -> M3:
+        """Of the engine."""
+        return self.engine.optimizer
 
     @property
     def ending(self) -> bool:
@@ -117,8 +121,7 @@ class Trainer:
         """One optimizer step; one whose gradients are not finite consumes its clips and moves nothing else."""
         self.curriculum.arrive(self.state.step)
         result = train_step(
-            self.model,
-            self.optimizer,
+            self.engine,
             batches,
             self.config.model_copy(update={"objective": self.curriculum.objective}),
             attempt=self.state.attempted_steps,
@@ -166,7 +169,7 @@ class Trainer:
         add("grad_norm", result.norms.square().sum().sqrt())
         record_moves(self.recorder, self.optimizer.param_groups, result.moved)
         if result.dead is not None:
-            record_parameters(self.recorder, self.optimizer.param_groups, result.dead, self.world_size)
+            record_parameters(self.recorder, self.optimizer.param_groups, result.dead, self.engine.shards)
         self.recorder.set("learning_rate", self.config.optimizer.lr * result.rate)
         for group in self.optimizer.param_groups:
             self.recorder.set("learning_rate", group["lr"], group=group["name"])
@@ -212,7 +215,7 @@ class Trainer:
         with self.clock.paused():
             began = time()
             self.state.data = self.data.state_dict()
-            self.checkpoints.save(self.model, self.optimizer, self.state)
+            self.checkpoints.save(self.engine.model, self.optimizer, self.state)
             self.recorder.set("checkpoint_seconds", time() - began)
             self.recorder.set("last_checkpoint_timestamp_seconds", time())
             self.recorder.set("last_checkpoint_step", self.state.step)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hopescale.curriculum import Progress
+from hopescale.optim.state import is_spread
 from hopescale.parallel.consolidation import longterm_memories, restore_waiting, waiting_changes
 
 
@@ -68,9 +69,12 @@ def tensors(model: nn.Module, optimizer: Optimizer | None, *, saved_by: int | No
             named[f"model/{name}.carried{number}"] = part
     if optimizer is None:
         return named
-    named |= {f"waiting/{name}": rows for name, rows in waiting_changes(model, saved_by).items()}
+    waiting = waiting_changes(model, saved_by, spread=is_spread(optimizer))
+    named |= {f"waiting/{name}": rows for name, rows in waiting.items()}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            # What the optimizer moves counts, which with ZeRO is not what the model computes with.
+            named[f"model/{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 named[f"optimizer/{name}/{key}"] = value
     return named

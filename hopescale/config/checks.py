@@ -31,6 +31,10 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
     yield from _plateau_problems(config)
     yield from _cms_period_problems(config)
     yield from _recompute_problems(config)
+    yield from config.parallel.problems()
+    if config.parallel.offload_optimizer and "m3" in {group.algorithm for _, group in config.optimizer.groups}:
+        rule = "steps on the host, where no GPU orthogonalises M3's matrices"
+        yield Problem("parallel.offload_optimizer", True, rule, "set optimizer=adamw, or leave it out")
     yield from _longterm_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
         rule = "is ignored with metrics.listen=off"

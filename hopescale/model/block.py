@@ -169,11 +169,10 @@ def apply_cms(
     keep_state: bool,
 ) -> tuple[Float[Tensor, "batch frames tokens width"], OnlineState | None, Float[Tensor, "batch frames levels"]]:
     """All levels, what a clip has made of them if they learn within it, and how much each adds (`added_ratio`)."""
-    ratios: list[Tensor] = []
     if isinstance(cms, OnlineMemory):
-        z, state = cms(z, state, frame_offset=frame_offset, keep_state=keep_state, ratios=ratios)
+        z, state, ratios = cms.traced(z, state, frame_offset=frame_offset, keep_state=keep_state)
     else:
-        z = cms(z, frame_offset, ratios)
+        z, ratios = cms.traced(z, frame_offset)
     return z, state, torch.stack(ratios, dim=-1)
 
 

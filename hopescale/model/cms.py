@@ -38,18 +38,21 @@ class ContinuumMemory(nn.Module):
         self.levels = nn.ModuleList(CmsLayer(width, round(level.hidden_multiplier * width)) for level in config.levels)
 
     def forward(
-        self,
-        z: Float[Tensor, "batch frames tokens width"],
-        frame_offset: int = 0,
-        ratios: list[Tensor] | None = None,
+        self, z: Float[Tensor, "batch frames tokens width"], frame_offset: int = 0
     ) -> Float[Tensor, "batch frames tokens width"]:
         """Apply the active levels.
 
         Args:
             z: tokens of consecutive frames.
             frame_offset: number in the clip of the first of them, so that a rollout fed frame by frame keeps the pace.
-            ratios: takes each level's `added_ratio` [batch, frames], 0 for frames it passes by.
         """
+        return self.traced(z, frame_offset)[0]
+
+    def traced(
+        self, z: Float[Tensor, "batch frames tokens width"], frame_offset: int = 0
+    ) -> tuple[Float[Tensor, "batch frames tokens width"], list[Float[Tensor, "batch frames"]]]:
+        """The same, and each level's `added_ratio`, 0 for frames it passes by."""
+        ratios = []
         for period, level in zip(self.periods, self.levels, strict=True):
             first, ratio = -frame_offset % period, at_least_fp32(z.new_zeros(z.shape[:2]))
             if first < z.shape[1]:
@@ -57,9 +60,8 @@ class ContinuumMemory(nn.Module):
                 after = level(before)
                 z = after if period == 1 else _scatter(z, after, first, period)
                 ratio = _scatter(ratio, added_ratio(before, after), first, period)
-            if ratios is not None:
-                ratios.append(ratio)
-        return z
+            ratios.append(ratio)
+        return z, ratios
 
     def active_levels(self, num_frames: int, frame_offset: int = 0) -> list[list[bool]]:
         """Which level touches which frame: one row a level, one column a frame."""

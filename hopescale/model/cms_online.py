@@ -84,7 +84,6 @@ class OnlineMemory(nn.Module):
         *,
         frame_offset: int = 0,
         keep_state: bool = False,
-        ratios: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "batch frames tokens width"], OnlineState | None]:
         """Learn from the frame before, if it has a teach signal, then apply all levels.
 
@@ -93,14 +92,25 @@ class OnlineMemory(nn.Module):
             state: what the clip has made of the levels so far; None takes them as trained.
             frame_offset: number in the clip of the first frame of z.
             keep_state: return the state after this frame.
-            ratios: takes each level's `added_ratio` [batch, frames].
 
         Raises:
             ValueError: several frames at once with a state, which would leave all but the last untaught.
         """
+        z, state, _ = self.traced(z, state, frame_offset=frame_offset, keep_state=keep_state)
+        return z, state
+
+    def traced(
+        self,
+        z: Float[Tensor, "batch frames tokens width"],
+        state: OnlineState | None = None,
+        *,
+        frame_offset: int = 0,
+        keep_state: bool = False,
+    ) -> tuple[Float[Tensor, "batch frames tokens width"], OnlineState | None, list[Float[Tensor, "batch frames"]]]:
+        """The same, and each level's `added_ratio`."""
         if (keep_state or state is not None) and z.shape[1] != 1:
             raise ValueError(f"z holds {z.shape[1]} frames; levels that learn within a clip take one frame at a time")
-        kept = []
+        kept, ratios = [], []
         for number, level in enumerate(self.levels):
             assert isinstance(level, CmsLayer)
             seen = None if state is None else state.levels[number]
@@ -111,12 +121,11 @@ class OnlineMemory(nn.Module):
             normed = level.norm(z)
             pre = apply_linear(normed, weights.fc1, level.fc1.bias)
             before, z = z, z + apply_linear(F.gelu(pre), weights.fc2, level.fc2.bias)
-            if ratios is not None:
-                ratios.append(added_ratio(before, z))
+            ratios.append(added_ratio(before, z))
             if keep_state:
                 waiting = None if seen is None else seen.waiting
                 kept.append(LevelState(change, waiting, normed[:, -1].detach(), pre[:, -1].detach()))
-        return z, OnlineState(tuple(kept)) if keep_state else None
+        return z, OnlineState(tuple(kept)) if keep_state else None, ratios
 
     def active_levels(self, num_frames: int, frame_offset: int = 0) -> list[list[bool]]:
         """Which level touches which frame: every level every frame."""

@@ -190,8 +190,8 @@ class AcHopeBlock(nn.Module):
             self.norm1(x), state, angles, writes=writes, keep_state=keep_state, auxiliary=auxiliary
         )
         x = x + drop_path(recalled, draws, 0, self.drop_rate)
-        ratios: list[Tensor] = []
-        x = x + drop_path(self.cms(self.norm2(x), frame_offset, ratios), draws, 1, self.drop_rate)
+        z, ratios = self.cms.traced(self.norm2(x), frame_offset)
+        x = x + drop_path(z, draws, 1, self.drop_rate)
         trace = trace._replace(level_ratio=torch.stack(ratios, dim=-1)) if ratios else trace
         if self.norm3 is not None and self.spatial_mixing is not None:
             x = x + drop_path(self.spatial_mixing(self.norm3(x)), draws, 2, self.drop_rate)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .flat_piece import FlatPiece
 from .pipeline import Turns
 from .planner import PlanName, Schedule, costs_of, make_schedule
 from .plans.block import orthogonalise_pieces
@@ -154,6 +155,8 @@ def agree(told: str, group: dist.ProcessGroup, device: torch.device) -> None:
 
 def group_of(parameter: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks that hold a parameter together: those given, of its mesh, or all; None for a rank's own parameter."""
+    if isinstance(parameter, FlatPiece):
+        return parameter.spec.group if len(parameter.spec.ranges) > 1 else None
     if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
         plain = group is not None and not isinstance(parameter, DTensor) and dist.get_world_size(group) > 1
         return group if plain else None
@@ -181,7 +184,8 @@ def orthogonalisers(
         shared, team = group_of(parameter, group), Team.of_one()
         if shared is not None:
             ranks = dist.get_process_group_ranks(shared)
-            team = team_of(parameter, ranks) if isinstance(parameter, DTensor) else Team.of_copies(len(ranks))
+            spread = isinstance(parameter, DTensor | FlatPiece)
+            team = team_of(parameter, ranks) if spread else Team.of_copies(len(ranks))
         by_team.setdefault((team, shared), []).append(place)
     return [
         (

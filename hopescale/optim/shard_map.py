@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .flat_piece import FlatPiece
+
 
 class Box(NamedTuple):
     """A rectangle of one matrix, contiguous in the flat local tensor of the rank that holds it."""
@@ -138,12 +140,14 @@ def team_of(parameter: Tensor, group_ranks: Sequence[int]) -> Team:
     """The team of a sharded parameter: a slot is a place on the mesh axes that shard it, a replica on the others.
 
     Args:
-        parameter: with its mesh.
+        parameter: with its mesh, or its ranges.
         group_ranks: global ranks of the process group that its collectives are to use, in order.
 
     Raises:
         ValueError: the group is not the ranks of the mesh.
     """
+    if isinstance(parameter, FlatPiece):
+        return Team.of_shards(len(group_ranks))
     assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh.mesh
     if sorted(mesh.flatten().tolist()) != sorted(group_ranks):
@@ -167,12 +171,14 @@ def team_of(parameter: Tensor, group_ranks: Sequence[int]) -> Team:
 
 
 def layout_of(name: str, parameter: Tensor) -> Layout:
-    """Layout of a plain tensor or a DTensor with one matrix at least.
+    """Layout of a plain tensor, a DTensor or a flat piece with one matrix at least.
 
     Raises:
         ValueError: a placement other than Shard and Replicate.
     """
     shape = tuple(parameter.shape)
+    if isinstance(parameter, FlatPiece):
+        return flat_ranges(name, shape, [(start, stop, 0) for start, stop in parameter.spec.ranges])
     if not isinstance(parameter, DTensor):
         return whole(name, shape)
     for placement in parameter.placements:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .flat_piece import FlatPiece
 from .momentum import state_names, waits_in_host_memory
 from .schema import M3Config
 
@@ -36,7 +37,16 @@ OPTIONS = (
 
 def local(tensor: Tensor | None) -> Tensor:
     """This rank's piece of a sharded tensor, or the tensor itself."""
+    if isinstance(tensor, FlatPiece):
+        return tensor.piece
     return tensor.to_local() if isinstance(tensor, DTensor) else cast(Tensor, tensor)
+
+
+def is_spread(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the parameters of an optimizer, or copies of them, lie on several ranks that train together."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    shared = getattr(optimizer, "process_group", None) is not None
+    return shared or any(isinstance(p, DTensor | FlatPiece) for p in parameters)
 
 
 def local_gradient(parameter: Tensor) -> Tensor:

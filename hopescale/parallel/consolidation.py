@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, zeros
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, zeros
 
 from hopescale.model.longterm import LongTermChange, LongTermMemory, total
 from hopescale.model.titan import MemoryTrace
@@ -29,7 +30,9 @@ def added_changes(changes: Sequence[LongTermChange], traces: Sequence[MemoryTrac
 
 
 @torch.no_grad()
-def consolidate(model: nn.Module, changes: Sequence[LongTermChange], num_clips: int, step: int) -> None:
+def consolidate(
+    model: nn.Module, changes: Sequence[LongTermChange], num_clips: int, step: int, *, spread: bool = False
+) -> None:
     """Take in what one successful optimizer step has left; a collective where memories are due to move.
 
     Args:
@@ -38,6 +41,7 @@ def consolidate(model: nn.Module, changes: Sequence[LongTermChange], num_clips: 
             step had no teacher branch, which counts as clips that change nothing.
         num_clips: clips of the step, on all ranks.
         step: optimizer steps before this one.
+        spread: whether other ranks have clips of the step too.
     """
     memories = [memory for _, memory in longterm_memories(model)]
     if not memories:
@@ -52,7 +56,7 @@ def consolidate(model: nn.Module, changes: Sequence[LongTermChange], num_clips: 
     if not shares or (step + 1) % settings.sync_every:
         return
     mean = torch.cat([share.flatten() for share in shares]) / settings.sync_every
-    if isinstance(memories[0].w1, DTensor):
+    if spread:
         dist.all_reduce(mean)
     carried = [part for memory in memories for part in memory.carried]
     rate = 1 - (1 - settings.ema) ** settings.sync_every
@@ -67,17 +71,18 @@ def longterm_memories(model: nn.Module) -> Iterator[tuple[str, LongTermMemory]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LongTermMemory))
 
 
-def waiting_changes(model: nn.Module, ranks: int | None = None) -> dict[str, Tensor]:
+def waiting_changes(model: nn.Module, ranks: int | None = None, *, spread: bool = False) -> dict[str, Tensor]:
     """What every rank has added up since the last move, one row a rank, sharded by rank.
 
     Args:
         model: predictor.
         ranks: rows to make room for, all 0, to load what so many ranks have saved; None takes the rows there are.
+        spread: whether other ranks have rows of their own.
     """
     found: dict[str, Tensor] = {}
     for name, memory in longterm_memories(model):
         for number, part in enumerate(memory.waiting or (), 1):
-            rows = _rows(memory.w1, part, ranks)
+            rows = _rows(part, ranks, spread)
             if ranks is None:
                 local(rows).copy_(part)
             found[f"{name}.waiting{number}"] = rows
@@ -91,9 +96,9 @@ def restore_waiting(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
             part.copy_(local(saved[f"{name}.waiting{number}"]).sum(dim=0))
 
 
-def _rows(parameter: Tensor, part: Tensor, ranks: int | None) -> Tensor:
-    if not isinstance(parameter, DTensor):
+def _rows(part: Tensor, ranks: int | None, spread: bool) -> Tensor:
+    if not spread:
         return part.new_zeros(1 if ranks is None else ranks, *part.shape)
-    mesh = parameter.device_mesh
+    mesh = init_device_mesh(part.device.type, (dist.get_world_size(),))
     size = (mesh.size() if ranks is None else ranks, *part.shape)
-    return zeros(*size, dtype=part.dtype, device_mesh=mesh, placements=[Shard(0)] * mesh.ndim)
+    return zeros(*size, dtype=part.dtype, device_mesh=mesh, placements=[Shard(0)])

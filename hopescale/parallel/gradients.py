@@ -8,17 +8,21 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hopescale.optim.schema import ClipConfig
 from hopescale.optim.state import local
 
 
-def group_norms(groups: list[dict[str, Any]]) -> Tensor:
-    """Norm of the whole, unsharded gradient of each optimizer group: fp64 [groups], one all-reduce for all."""
+def group_norms(groups: list[dict[str, Any]], shard_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Norm of the whole, unsharded gradient of each optimizer group: fp64 [groups], one all-reduce for all.
+
+    Args:
+        groups: of the optimizer.
+        shard_group: ranks that hold one copy of the gradients between them; None where each holds all.
+    """
     total = torch.stack([_sum_of_squares(group, _gradients(group)) for group in groups])
-    if dist.is_initialized() and _is_sharded(groups):
-        dist.all_reduce(total)
+    if shard_group is not None:
+        dist.all_reduce(total, group=shard_group)
     return total.sqrt()
 
 
@@ -64,7 +68,3 @@ def _sum_of_squares(group: dict[str, Any], tensors: list[Tensor]) -> Tensor:
 
 def _zero(group: dict[str, Any]) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=local(group["params"][0]).device)
-
-
-def _is_sharded(groups: list[dict[str, Any]]) -> bool:
-    return any(isinstance(p, DTensor) for group in groups for p in group["params"])

@@ -109,6 +109,11 @@ def process_group(config: ParallelConfig, launch: Launch, device: torch.device) 
             dist.destroy_process_group()
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed what it would otherwise find out by looking for compilers and drivers, with remarks on both."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code after a process group lived in it, without finalizing the interpreter.
 

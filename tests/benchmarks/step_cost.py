@@ -19,6 +19,7 @@ from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
+from hopescale.parallel.engine import TorchEngine
 from hopescale.train_step import train_step
 from tests.benchmarks.ablation_results import STEP_COST, keep
 from tests.benchmarks.ablation_rows import ROWS
@@ -37,7 +38,7 @@ def step(settings: list[str]) -> Callable[[], None]:
     optimizer, batch = M3(groups, config.optimizer), step_of(clips_for(config.model, config.train.global_batch))
 
     def run() -> None:
-        train_step(model, optimizer, batch, config, attempt=0, step=0)
+        train_step(TorchEngine(model, optimizer), batch, config, attempt=0, step=0)
 
     return run
 

@@ -19,6 +19,7 @@ from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
+from hopescale.parallel.engine import TorchEngine
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.train import build
 from hopescale.train_step import micro_losses, objective_share, train_step
@@ -97,7 +98,7 @@ def train(model: nn.Module, optimizer: M3, config: Config, rank: int, world_size
     losses = []
     for step in range(NUM_STEPS):
         share = batches(config, step, rank, world_size)
-        objective = train_step(model, optimizer, share, config, attempt=step, step=step).objective
+        objective = train_step(TorchEngine(model, optimizer), share, config, attempt=step, step=step).objective
         if world_size > 1:
             dist.all_reduce(objective)
         losses.append(float(objective))
@@ -119,7 +120,8 @@ def main(out: Path, optimizer_file: str) -> None:
         sharded, optimizer = None, None
         for recompute in ("none", "block"):
             variant = load_config([*OVERRIDES, f"optimizer={optimizer_file}", f"parallel.recompute={recompute}"])
-            sharded, optimizer = build(variant, device, launch.world_size)
+            engine = build(variant, device, launch.world_size)
+            sharded, optimizer = engine.model, engine.optimizer
             gradients[recompute] = backward(sharded, batches(config, 0, launch.rank, launch.world_size), config)
         assert sharded is not None
         assert optimizer is not None

@@ -20,6 +20,7 @@ from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.consolidation import longterm_memories, restore_waiting, waiting_changes
+from hopescale.parallel.engine import TorchEngine
 from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
 from hopescale.train import build
 from hopescale.train_step import train_step
@@ -49,7 +50,9 @@ NUM_STEPS, STOP = 3, 1
 
 def train(model: nn.Module, optimizer: M3, config: Config, steps: range, rank: int, world_size: int) -> None:
     for step in steps:
-        train_step(model, optimizer, batches(config, step, rank, world_size), config, attempt=step, step=step)
+        train_step(
+            TorchEngine(model, optimizer), batches(config, step, rank, world_size), config, attempt=step, step=step
+        )
 
 
 def compared(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -78,12 +81,14 @@ def run(launch: Launch, device: torch.device, folder: Path, sync_every: int) -> 
     reference_optimizer = M3(parameter_groups(reference.named_parameters(), config.optimizer), config.optimizer)
     train(reference, reference_optimizer, config, range(NUM_STEPS), 0, 1)
 
-    model, optimizer = build(config, device, world_size)
+    engine = build(config, device, world_size)
+    model, optimizer = engine.model, engine.optimizer
     manager = CheckpointManager(folder, keep=1, config={})
     train(model, optimizer, config, range(STOP), rank, world_size)
     saved = manager.save(model, optimizer, RunState(step=STOP))
     train(model, optimizer, config, range(STOP, NUM_STEPS), rank, world_size)
-    resumed, its_optimizer = build(config, device, world_size)
+    engine = build(config, device, world_size)
+    resumed, its_optimizer = engine.model, engine.optimizer
     manager.restore(saved, resumed, its_optimizer)
     train(resumed, its_optimizer, config, range(STOP, NUM_STEPS), rank, world_size)
 
@@ -95,7 +100,9 @@ def run(launch: Launch, device: torch.device, folder: Path, sync_every: int) -> 
         "errors": {name: distance(whole(ours[name]), tensor) for name, tensor in tensors(reference, None).items()},
         "waiting_errors": [
             distance(whole(rows).sum(0), part.squeeze(0))
-            for rows, part in zip(waiting_changes(model).values(), waiting_changes(reference).values(), strict=True)
+            for rows, part in zip(
+                waiting_changes(model, spread=True).values(), waiting_changes(reference).values(), strict=True
+            )
         ],
         "differs_after_resuming": [n for n in ours if not torch.equal(whole(ours[n]), whole(theirs[n]))],
         "differs_between_ranks": [n for n, parts in enumerate(zip(*held, strict=True)) if not torch.equal(*parts)],
@@ -109,11 +116,11 @@ def rows_lost(model: nn.Module, world_size: int) -> list[str]:
     """What is not whole once rows of fewer or more ranks are handed out."""
     lost = []
     for saved_by in (world_size - 1, world_size + 1, 2 * world_size + 1):
-        rows = waiting_changes(model, saved_by)
+        rows = waiting_changes(model, saved_by, spread=True)
         for row in rows.values():
             row.to_local().fill_(1.0)  # type: ignore[attr-defined]
         restore_waiting(model, rows)
-        for name, handed_out in waiting_changes(model).items():
+        for name, handed_out in waiting_changes(model, spread=True).items():
             if not torch.equal(whole(handed_out).sum(0), whole(rows[name]).sum(0)):
                 lost.append(f"{name} of {saved_by}")
     return lost

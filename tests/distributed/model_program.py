@@ -22,7 +22,7 @@ from hopescale.model.init import initialise
 from hopescale.model.schema import MEMORIES
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.parallel.fsdp import reduce_gradients_in_backward, shard_model
-from hopescale.parallel.mesh import build_mesh
+from hopescale.parallel.mesh import build_mesh, degrees_of
 from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
 from hopescale.train_step import micro_losses, objective_share
 from tests.distributed.fsdp_program import OVERRIDES, batches
@@ -83,8 +83,8 @@ def compare(variant: str, dtype: torch.dtype, launch: Launch) -> dict[str, objec
     reference, sharded = models
     expected_loss, expected = backward(reference, batches(config, 0, 0, 1), config, dtype)
     recompute_blocks(list(sharded.blocks), config.parallel.recompute)
-    mesh = build_mesh(device, launch.world_size)
-    shard_model(sharded, list(sharded.blocks), mesh, reshard_after_forward=config.parallel.reshard_after_forward)
+    mesh = build_mesh(device, degrees_of(config.parallel, launch.world_size))
+    shard_model(sharded, list(sharded.blocks), mesh, config.parallel)
     loss, found = backward(sharded, batches(config, 0, launch.rank, launch.world_size), config, dtype)
     dist.all_reduce(loss)
     return {

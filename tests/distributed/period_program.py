@@ -34,7 +34,8 @@ def main(out: Path) -> None:
     config = load_config([*OVERRIDES, *SLOW])
     device = choose_device(config.parallel, launch)
     with process_group(config.parallel, launch, device):
-        model, optimizer = build(config, device, launch.world_size)
+        engine = build(config, device, launch.world_size)
+        model, optimizer = engine.model, engine.optimizer
         train(model, optimizer, config, launch.rank, launch.world_size)
         reference = HopePredictor(config.model)
         initialise(reference, config.train.seed)

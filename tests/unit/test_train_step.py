@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from data_pipeline.batch import ClipBatch
 from hopescale.checkpoint.contents import tensors
@@ -15,7 +17,8 @@ from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
-from hopescale.train_step import micro_losses, train_step
+from hopescale.parallel.engine import TorchEngine
+from hopescale.train_step import StepResult, micro_losses, train_step
 from tests.clip_batches import random_clips, rows, step_of
 
 SMALL = [
@@ -42,6 +45,10 @@ def config() -> Config:
     return load_config(SMALL)
 
 
+def _step(model: nn.Module, optimizer: M3, *arguments: Any, **keywords: Any) -> StepResult:
+    return train_step(TorchEngine(model, optimizer), *arguments, **keywords)
+
+
 def built(config: Config) -> tuple[HopePredictor, M3]:
     model = HopePredictor(config.model)
     initialise(model, 0)
@@ -51,19 +58,19 @@ def built(config: Config) -> tuple[HopePredictor, M3]:
 
 def test_a_step_with_gradients_that_are_not_finite_moves_nothing(config: Config) -> None:
     model, optimizer = built(config)
-    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=0).skipped
+    assert not _step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=0).skipped
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     steps = [group["num_steps"] for group in optimizer.param_groups]
 
     bad = random_clips(3)
     bad.features[1, 2, 0, 0] = float("nan")
-    assert train_step(model, optimizer, step_of(bad), config, attempt=1, step=1).skipped
+    assert _step(model, optimizer, step_of(bad), config, attempt=1, step=1).skipped
 
     assert steps == [group["num_steps"] for group in optimizer.param_groups]
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
     after = optimizer.state_dict()["state"]
     assert all(torch.equal(before[1][p][key], after[p][key]) for p in after for key in after[p])
-    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=2, step=1).skipped
+    assert not _step(model, optimizer, step_of(random_clips(3)), config, attempt=2, step=1).skipped
 
 
 def test_gradients_that_are_not_finite_do_not_wait_for_slow_groups() -> None:
@@ -77,7 +84,9 @@ def test_gradients_that_are_not_finite_do_not_wait_for_slow_groups() -> None:
             batch = random_clips(3, seed=step)
             if attempt in bad_attempts:
                 batch.features[1, 2, 0, 0] = float("inf")
-            step += not train_step(model, optimizer, step_of(batch), config, attempt=step, step=step).skipped
+            step += not train_step(
+                TorchEngine(model, optimizer), step_of(batch), config, attempt=step, step=step
+            ).skipped
             attempt += 1
         assert attempt == 7 + len(bad_attempts)
         curves.append(tensors(model, optimizer))
@@ -101,7 +110,9 @@ def test_a_cms_level_steps_on_the_sum_of_its_clipped_gradients_and_nothing_else_
 
     optimizer.register_step_pre_hook(add_up)
     for step in range(6):
-        result = train_step(model, optimizer, step_of(random_clips(3, seed=step)), config, attempt=step, step=step)
+        result = train_step(
+            TorchEngine(model, optimizer), step_of(random_clips(3, seed=step)), config, attempt=step, step=step
+        )
         assert not result.skipped
         if step == 1:
             still = {name for name, p in model.named_parameters() if torch.equal(p, start[name])}
@@ -124,7 +135,7 @@ def test_a_clip_of_weight_0_trains_nothing(config: Config) -> None:
         batches = step_of(random_clips(2))
         if extra:
             batches.micro.append(random_clips(1, seed=9).without_weight())
-        train_step(model, optimizer, batches, config, attempt=0, step=0)
+        _step(model, optimizer, batches, config, attempt=0, step=0)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
 
@@ -150,7 +161,7 @@ def test_the_objective_is_a_mean_over_the_frames_that_each_branch_scores() -> No
     model, optimizer = built(config)
     batch = of_lengths(4, 3, 2, 4)
     losses = micro_losses(model, batch, config, 0)
-    result = train_step(model, optimizer, step_of(batch), config, attempt=0, step=0)
+    result = _step(model, optimizer, step_of(batch), config, attempt=0, step=0)
     # Transitions 3 + 2 + 1 + 3; jumps of clips with a frame 2; frames 1 .. 3 of each clip.
     expected = 0.25 * losses.teacher / 9 + losses.jump / 3 + 0.5 * losses.rollout / 9 + 0.125 * losses.auxiliary / 4
     torch.testing.assert_close(result.objective, expected.detach())
@@ -162,7 +173,9 @@ def test_any_micro_batches_train_the_same(cut: int) -> None:
     objectives, weights = [], []
     for micro in ([batch], [rows(batch, 0, cut), rows(batch, cut, 5)]):
         model, optimizer = built(config)
-        result = train_step(model, optimizer, replace(step_of(batch), micro=micro), config, attempt=0, step=0)
+        result = train_step(
+            TorchEngine(model, optimizer), replace(step_of(batch), micro=micro), config, attempt=0, step=0
+        )
         objectives.append(result.objective)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert not result.skipped
@@ -173,7 +186,7 @@ def test_any_micro_batches_train_the_same(cut: int) -> None:
 def test_clips_too_short_for_a_branch_leave_it_out() -> None:
     config = load_config([*SMALL, *AHEAD[:2], "objective.rollout={weight: 1.0, context: 2, steps: 2}"])
     model, optimizer = built(config)
-    result = train_step(model, optimizer, step_of(of_lengths(2, 2)), config, attempt=0, step=0)
+    result = _step(model, optimizer, step_of(of_lengths(2, 2)), config, attempt=0, step=0)
     assert not result.skipped
     assert float(result.losses[0].jump) == float(result.losses[0].rollout) == 0.0
     torch.testing.assert_close(result.objective, result.losses[0].teacher / 2)
@@ -194,7 +207,7 @@ def test_bf16_keeps_parameters_and_fast_weights_in_fp32() -> None:
         return new, written
 
     memory.write = watched
-    result = train_step(model, optimizer, step_of(random_clips(2)), config, attempt=0, step=0)
+    result = _step(model, optimizer, step_of(random_clips(2)), config, attempt=0, step=0)
     assert not result.skipped
     assert seen == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -206,9 +219,7 @@ def test_levels_that_learn_within_clips_are_taught_as_strongly_as_the_step_says(
     for overrides, step in ((taught, 0), (["model.cms.mode=param_period"], 0), (taught, 2), (taught, 4)):
         config = load_config([*SMALL, *overrides, "model.drop_path=0.0"])
         model, optimizer = built(config)
-        objectives.append(
-            train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=step).objective
-        )
+        objectives.append(_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=step).objective)
     torch.testing.assert_close(objectives[0], objectives[1])
     distances = [float((objective - objectives[0]).abs()) for objective in objectives[2:]]
     assert min(distances) > 1e-6

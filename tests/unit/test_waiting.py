@@ -18,6 +18,7 @@ from hopescale.model.build import build_predictor
 from hopescale.model.init import initialise
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
+from hopescale.parallel.engine import TorchEngine
 from hopescale.parallel.gradients import dead_numbers
 from hopescale.train_step import micro_losses, objective_share, train_step
 from tests.clip_batches import random_clips, step_of
@@ -107,7 +108,9 @@ def test_a_step_reads_one_number_and_recording_it_none(options: list[str], repor
     recorder, batches = recorder_for(config, optimizer, torch.device("cpu")), step_of(clips())
     for attempt in range(3):
         with CountReads() as step_reads:
-            result = train_step(model, optimizer, batches, config, attempt=attempt, step=attempt, report_in=report_in)
+            result = train_step(
+                TorchEngine(model, optimizer), batches, config, attempt=attempt, step=attempt, report_in=report_in
+            )
         # Whether the gradients are finite: the one thing that the host decides by.
         assert step_reads.count == 1
         with CountReads() as record_reads:

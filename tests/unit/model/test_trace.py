@@ -134,8 +134,9 @@ def added(memory: Any, before: Tensor, offset: int) -> list[Tensor]:
 def test_levels_tell_how_much_they_add(mode: str, offset: int) -> None:
     cms = ContinuumMemory(CmsConfig.model_validate({"mode": mode, "levels": LEVELS}), 8).double().requires_grad_(False)
     for frames in (1, 5):
-        z, ratios = normal(2, frames, 3, 8), []
-        assert torch.equal(cms(z, offset, ratios), cms(z, offset))
+        z = normal(2, frames, 3, 8)
+        out, ratios = cms.traced(z, offset)
+        assert torch.equal(out, cms(z, offset))
         for found, expected in zip(ratios, added(cms, z, offset), strict=True):
             torch.testing.assert_close(found, expected)
 
@@ -143,8 +144,8 @@ def test_levels_tell_how_much_they_add(mode: str, offset: int) -> None:
 def test_levels_that_learn_tell_how_much_they_add() -> None:
     config = CmsConfig.model_validate({"mode": "online", "levels": LEVELS})
     cms = OnlineMemory(config, 8, longest=7).double().requires_grad_(False)
-    z, ratios = normal(2, 3, 3, 8), []
-    cms(z, ratios=ratios)
+    z = normal(2, 3, 3, 8)
+    ratios = cms.traced(z)[-1]
     for found, expected in zip(ratios, added(cms, z, 0), strict=True):
         torch.testing.assert_close(found, expected)
 

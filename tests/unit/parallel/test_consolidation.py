@@ -18,6 +18,7 @@ from hopescale.model.predictor import HopePredictor
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel.consolidation import consolidate, longterm_memories
+from hopescale.parallel.engine import TorchEngine
 from hopescale.train_step import train_step
 from tests.clip_batches import random_clips, rows, step_of
 
@@ -97,7 +98,7 @@ def test_steps_without_teacher_branch_move_nothing_and_count_in_the_mean(sync_ev
     found = []
     for step, objective in enumerate(config.objective.stages):
         now = config.model_copy(update={"objective": objective})
-        result = train_step(model, optimizer, step_of(random_clips(3)), now, attempt=step, step=step)
+        result = train_step(TorchEngine(model, optimizer), step_of(random_clips(3)), now, attempt=step, step=step)
         assert not result.skipped
         found.append(carried(model))
     if sync_every == 1:
@@ -119,14 +120,14 @@ def test_a_model_without_long_term_memories_has_nothing_to_move() -> None:
 def test_a_step_that_is_not_taken_carries_over_nothing() -> None:
     config = small("{ema: 0.5, sync_every: 2}")
     model, optimizer = built(config)
-    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=0, step=0).skipped
+    assert not train_step(TorchEngine(model, optimizer), step_of(random_clips(3)), config, attempt=0, step=0).skipped
     before = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
     assert any(tensor.any() for name, tensor in before.items() if "waiting" in name)
     bad = random_clips(3)
     bad.features[1, 2, 0, 0] = torch.nan
-    assert train_step(model, optimizer, step_of(bad), config, attempt=1, step=1).skipped
+    assert train_step(TorchEngine(model, optimizer), step_of(bad), config, attempt=1, step=1).skipped
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model, optimizer).items())
-    assert not train_step(model, optimizer, step_of(random_clips(3)), config, attempt=2, step=1).skipped
+    assert not train_step(TorchEngine(model, optimizer), step_of(random_clips(3)), config, attempt=2, step=1).skipped
     assert all(torch.isfinite(tensor).all() for tensor in tensors(model, optimizer).values())
     assert carried(model).any()
 
@@ -138,7 +139,7 @@ def test_any_micro_batches_and_clips_of_weight_0_carry_over_the_same(cut: int) -
     for extra in ((batch,), (rows(batch, 0, cut), rows(batch, cut, 5), random_clips(1, seed=9).without_weight())):
         model, optimizer = built(config)
         lengths = step_of(batch).lengths
-        train_step(model, optimizer, StepBatches(0, lengths, list(extra)), config, attempt=0, step=0)
+        train_step(TorchEngine(model, optimizer), StepBatches(0, lengths, list(extra)), config, attempt=0, step=0)
         found.append(carried(model))
     assert found[0].any()
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
@@ -147,7 +148,7 @@ def test_any_micro_batches_and_clips_of_weight_0_carry_over_the_same(cut: int) -
 def test_figures_of_a_step_do_not_hold_on_to_the_changes() -> None:
     config = small("{}")
     model, optimizer = built(config)
-    result = train_step(model, optimizer, step_of(random_clips(2)), config, attempt=0, step=0)
+    result = train_step(TorchEngine(model, optimizer), step_of(random_clips(2)), config, attempt=0, step=0)
     assert all(trace.longterm is trace.auxiliary is None for losses in result.losses for trace in losses.traces)
     figures = [t for losses in result.losses for trace in losses.traces for t in trace if isinstance(t, Tensor)]
     assert not any(figure.requires_grad for figure in figures)

@@ -1,0 +1,148 @@
+"""Run by torchrun: engines against the same steps on the whole model in one process. Rank 0 writes what it saw as JSON.
+
+Every cell is one line of `parallel` settings; all of them take turns in one process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hopescale.checkpoint.contents import tensors
+from hopescale.config.compose import load_config
+from hopescale.config.schema import Config
+from hopescale.model.build import build_predictor
+from hopescale.model.init import initialise
+from hopescale.optim.flat_piece import FlatPiece
+from hopescale.optim.m3 import M3
+from hopescale.optim.routing import parameter_groups
+from hopescale.parallel.engine import Engine, TorchEngine
+from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
+from hopescale.train import build
+from hopescale.train_step import train_step
+from tests.distributed.fsdp_program import OVERRIDES, batches, distance
+from tests.sharded import whole
+
+NUM_STEPS = int(os.environ.get("NS", "20"))
+# Rate and eps as in the test of curves over world sizes, and for its reasons: rounding must not grow past the bounds.
+STEADY = [
+    "optimizer.lr=5e-4",
+    "optimizer.adam.eps=1e-6",
+    f"train.steps={NUM_STEPS}",
+]
+
+
+def config_of(cell: str) -> Config:
+    """The configuration of a cell: its settings, separated by spaces."""
+    return load_config([*OVERRIDES, *STEADY, *cell.split()])
+
+
+def run(engine: Engine, config: Config, rank: int, world_size: int) -> list[float]:
+    """Train, and return the loss of every step."""
+    losses = []
+    for step in range(NUM_STEPS):
+        share = batches(config, step, rank, world_size)
+        objective = train_step(engine, share, config, attempt=step, step=step).objective
+        if world_size > 1:
+            dist.all_reduce(objective)
+        losses.append(float(objective))
+    return losses
+
+
+def reference_of(config: Config) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, first and last tensors of a whole model trained in this process alone."""
+    model = build_predictor(config.model)
+    initialise(model, config.train.seed)
+    optimizer = M3(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
+    first = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
+    losses = run(TorchEngine(model, optimizer), config, 0, 1)
+    return losses, first, tensors(model, optimizer)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor from all its pieces."""
+    if not isinstance(tensor, FlatPiece):
+        return whole(tensor)
+    made = torch.zeros(tensor.shape).view(-1)
+    start, stop = tensor.spec.own
+    made[start:stop] = tensor.piece
+    dist.all_reduce(made)
+    return made.view(tensor.shape)
+
+
+def layout_seen(engine: Engine) -> dict[str, Any]:
+    """How parameters and states lie, from the tensors themselves."""
+    held = [
+        (p, tensor)
+        for group in engine.optimizer.param_groups
+        for p in group["params"]
+        for tensor in (p, *(t for key, t in engine.optimizer.state[p].items() if key != "step"))
+    ]
+    kinds = {type(tensor).__name__ for _, tensor in held}
+    placements = {str(t.placements) for _, t in held if isinstance(t, DTensor)}
+    local = sum(
+        t.to_local().numel() if isinstance(t, DTensor) else t.piece.numel() if isinstance(t, FlatPiece) else t.numel()
+        for _, t in held
+    )
+    in_model = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in engine.model.parameters())
+    numel = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    return {
+        "kinds": sorted(kinds),
+        "placements": sorted(placements),
+        "local_share": local / sum(t.numel() for _, t in held),
+        "model_share": in_model / numel,
+        "zero": zero_stage(engine),
+    }
+
+
+def zero_stage(engine: Engine) -> int | None:
+    """The stage by DeepSpeed's own word."""
+    own = getattr(engine, "_engine", None)
+    return None if own is None else int(own.zero_optimization_stage())
+
+
+def compare(cell: str, references: dict[str, Any], launch: Launch, device: torch.device) -> dict[str, Any]:
+    """Train a cell and compare it with the reference of its optimizer."""
+    config = config_of(cell)
+    kind = "adamw" if "optimizer=adamw" in cell else "m3"
+    if kind not in references:
+        references[kind] = reference_of(config_of(f"optimizer={kind}"))
+    expected_losses, first, expected = references[kind]
+    engine = build(config, device, launch.world_size)
+    losses = run(engine, config, launch.rank, launch.world_size)
+    found = {name: full(tensor.detach()) for name, tensor in tensors(engine.model, engine.optimizer).items()}
+    return {
+        "losses": max(abs(a - b) / abs(b) for a, b in zip(losses, expected_losses, strict=True)),
+        "names": sorted(found.keys() ^ expected.keys()),
+        "errors": {name: distance(found[name], tensor) for name, tensor in expected.items() if name in found},
+        "never_moved": [name for name, tensor in first.items() if torch.equal(found[name], tensor)],
+        **layout_seen(engine),
+    }
+
+
+def main(out: Path, cells: list[str]) -> None:
+    launch = read_launch()
+    config = config_of("")
+    device = choose_device(config.parallel, launch)
+    seen, references = {}, {}
+    with process_group(config.parallel, launch, device):
+        for cell in cells:
+            seen[cell] = compare(cell, references, launch, device)
+            if launch.is_first:
+                print(cell, seen[cell]["losses"], max(seen[cell]["errors"].values()), flush=True)
+    if launch.is_first:
+        out.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:])
+    end_process(0)
