@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 PROGRAM = Path(__file__).parent / "fsdp_program.py"
 
 
-@pytest.mark.parametrize(("num_ranks", "optimizer"), [(1, "m3"), (2, "m3"), (2, "adamw"), (4, "m3")])
+@pytest.mark.parametrize(("num_ranks", "optimizer"), [(1, "m3"), (2, "m3")])
 def test_sharded_steps_equal_the_unsharded_reference(torchrun, tmp_path: Path, num_ranks: int, optimizer: str) -> None:
     out = tmp_path / "seen.json"
     run = torchrun(num_ranks, PROGRAM, str(out), optimizer, timeout=180)
