@@ -25,7 +25,7 @@ from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
-from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, UserError, describe
+from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
@@ -66,6 +66,7 @@ def main(overrides: Sequence[str]) -> int:
     launch, config = Launch(), None
     try:
         launch = read_launch()
+        refuse_local_rank(overrides)
         config = load_config(overrides)
         device = choose_device(config.parallel, launch)
         readers = preflight(config, launch)
@@ -82,6 +83,20 @@ def main(overrides: Sequence[str]) -> int:
             # The first rank that ends takes the others of its node with it; the one that explains comes first.
             time.sleep(SECONDS_TO_EXPLAIN)
         return error.exit_code
+
+
+def refuse_local_rank(overrides: Sequence[str]) -> None:
+    """Explain what launchers add to the command line by themselves.
+
+    Raises:
+        ConfigError: one has.
+    """
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name.replace("-", "_") == "__local_rank":
+            rule = "ranks are read from the launcher's variables, and this is none of the settings"
+            fix = "start with `deepspeed --no_local_rank --module hopescale.train ...`, or with torchrun"
+            raise ConfigError(Problem(name, value or "nothing", rule, fix))
 
 
 def train(config: Config, launch: Launch, device: torch.device, data: ClipReader, held_out: ClipReader) -> int:

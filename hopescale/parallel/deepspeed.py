@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -188,6 +189,8 @@ def import_deepspeed() -> Any:
     # On a CPU it would compile a library of its own when it starts, in half a minute and into the user's home, for
     # collectives of inference. Training uses gloo's.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that torch is about to drop, every step.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     return deepspeed
 
 
@@ -289,11 +292,10 @@ def _layout(zero: Any, stage: int, rank: int, world_size: int) -> Iterator[Place
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's remarks below warnings from the run's log."""
+    """Keep DeepSpeed's remarks out of the run's log: above all that it does not know this optimizer."""
     logger = logging.getLogger("DeepSpeed")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(max(before, logging.WARNING))
+        logger.setLevel(logging.WARNING)

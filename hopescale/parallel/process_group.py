@@ -23,7 +23,7 @@ from .schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Launch:
-    """Which rank this process is, as the launcher says (torchrun's variables), or the only one."""
+    """Which rank this process is, as the launcher says (torchrun or deepspeed), or the only one."""
 
     rank: int = 0
     local_rank: int = 0
@@ -39,13 +39,16 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Read torchrun's variables; without them this is a run of one rank.
+    """Read the variables of torchrun or deepspeed; without them this is a run of one rank.
 
     Raises:
         ConfigError: some of the variables are set and others are not, or one is not a number.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
+    if "LOCAL_SIZE" in os.environ:
+        # As deepspeed calls it.
+        given.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     if not given:
         return Launch()
     bad = [name for name in names if not given.get(name, "").isdigit()]
