@@ -20,3 +20,13 @@ def log_to(path: Path, *, console: bool) -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = handlers, False
         log.setLevel(logging.INFO)
+
+
+def close_files() -> None:
+    """Write no more into files, so that they may be removed; the console goes on."""
+    for name in ("hopescale", "data_pipeline"):
+        log = logging.getLogger(name)
+        files = [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+        log.handlers = [handler for handler in log.handlers if handler not in files]
+        for handler in files:
+            handler.close()

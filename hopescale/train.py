@@ -25,6 +25,7 @@ from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
+from hopescale.dry_run import forget_earlier, rehearsal, rehearse
 from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
@@ -68,6 +69,7 @@ def main(overrides: Sequence[str]) -> int:
         launch = read_launch()
         refuse_local_rank(overrides)
         config = load_config(overrides)
+        config = rehearsal(config) if config.run.dry_run else config
         device = choose_device(config.parallel, launch)
         readers = preflight(config, launch)
         prepare_process(config.parallel, launch, device)
@@ -101,6 +103,7 @@ def refuse_local_rank(overrides: Sequence[str]) -> None:
 
 def train(config: Config, launch: Launch, device: torch.device, data: ClipReader, held_out: ClipReader) -> int:
     """Train inside a process group and leave the outcome in the run folder."""
+    began = time.monotonic()
     run = RunFolder(decide_on_first(lambda: make_run_folder(config)))
     with ExitStack() as stack:
         stack.enter_context(closing(data))
@@ -108,6 +111,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         with Together():
             if launch.is_first:
                 stack.enter_context(closing(run.claim()))
+        if config.run.dry_run:
+            decide_on_first(lambda: forget_earlier(run))
         attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
         log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)
         logger.info("run: %s", run.path)
@@ -136,6 +141,9 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
             device=device,
             world_size=launch.world_size,
         )
+        if config.run.dry_run:
+            rehearse(trainer, began)
+            return EXIT_DONE
         outcome = trainer.run()
         code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
         attempt.say(outcome, code)

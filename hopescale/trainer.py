@@ -190,7 +190,7 @@ class Trainer:
         record_flops(recorder, rate, self.config.model, objective, frames, recompute)
         record_pace(recorder, self.optimizer.param_groups, self.config.model, frames)
         recorder.record_reader(self.data.stats())
-        recorder.observe_rank("memory_bytes", _peak_memory_bytes(self.device))
+        recorder.observe_rank("memory_bytes", peak_memory_bytes(self.device))
         recorder.set("curriculum_phase", state.curriculum.phase)
         for branch, weight in self.curriculum.objective.weights.items():
             recorder.set("objective_weight", weight, kind=branch)
@@ -224,7 +224,8 @@ class Trainer:
             self.attempt.say("running")
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has used: of its GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -42,6 +42,9 @@ class RunConfig(BaseModel):
     dir: str | None = None
     """Run folder; null makes a new one, root/name-DATE-TIME. A folder with checkpoints is resumed."""
     early_stop: EarlyStopConfig = EarlyStopConfig()
+    dry_run: bool = False
+    """Starts on all ranks, takes one step on one batch, saves and loads a checkpoint, says what it cost, and keeps
+    nothing."""
 
 
 class TrainConfig(BaseModel):

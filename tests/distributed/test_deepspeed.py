@@ -34,7 +34,7 @@ def test_its_own_launcher_starts_a_run(demo_shaped_data: Path, tmp_path: Path) -
     arguments = ("--no_local_rank", "--module", "hopescale.train")
     ended = started(demo_shaped_data, tmp_path / "run", *arguments)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "finished at step 2 of 2" in ended.stdout
+    assert "finished at step 2 of 2" in ended.stderr
     assert "untested optimizer" not in ended.stdout + ended.stderr
     assert "is deprecated" not in ended.stdout + ended.stderr
 
