@@ -147,6 +147,29 @@ def plan(
     _finish(figures, as_json)
 
 
+@app.command()
+def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Look at what a run needs of this machine: versions, devices, network, files, data, Slurm.
+
+    Settings of a run say what it needs: run.root, data.path, parallel. Exit code 1 if a line fails.
+    """
+    from dataclasses import asdict
+
+    from hopescale.config.compose import load_config
+    from hopescale.doctor import examine
+
+    findings = examine(load_config(overrides or []))
+    if not as_json:
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            print(f"{finding.state:<5} {finding.what:<{width}}  {finding.found}")
+            if finding.fix:
+                print(f"{'':<{width + 6}}  -> {finding.fix}")
+    failed = sum(finding.state == "FAIL" for finding in findings)
+    _finish({"failed": failed, "findings": [asdict(finding) for finding in findings]}, as_json)
+    raise typer.Exit(1 if failed else 0)
+
+
 @data_app.command(cls=WithSettings)
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the pixels.")],
