@@ -1,0 +1,130 @@
+"""Run by torchrun: steps of every engine, taking turns in one process group. Rank 0 writes what it saw as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from data_pipeline.batch import StepBatches
+from hopescale.config.compose import load_config
+from hopescale.config.schema import Config
+from hopescale.parallel.engine import Engine
+from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
+from hopescale.train import build
+from hopescale.train_step import train_step
+from tests.clip_batches import clips_for, step_of
+
+MODEL = [
+    # Phase 5 with narrower tokens and fewer of them: 4.9 M parameters.
+    "model=phase5",
+    "model.width=128",
+    "model.encoder_dim=256",
+    "model.grid=[6,6]",
+    "train.micro_batch=2",
+    "train.steps=1000",
+]
+CLIPS = 2
+"""Of a rank in a step."""
+
+
+@dataclass
+class Timed:
+    """An engine whose calls are timed."""
+
+    engine: Engine
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "optimizer": 0.0})
+    _began: float = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        self.engine.begin_micro_batch(last=last)
+        self._began = time.perf_counter()
+
+    def backward(self, objective: torch.Tensor) -> None:
+        now = time.perf_counter()
+        self.seconds["forward"] += now - self._began
+        self.engine.backward(objective)
+        self.seconds["backward"] += time.perf_counter() - now
+
+    def step(self, update: Any) -> None:
+        with self._into("optimizer"):
+            self.engine.step(update)
+
+    @contextmanager
+    def _into(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+
+def communication(engine: Any, batch: StepBatches, config: Config) -> float:
+    """Seconds of one step in which a collective of this rank was under way; they may overlap with work."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        train_step(engine, batch, config, attempt=0, step=0)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events() or ()
+        if event.name.startswith("gloo:")
+    )
+    total, end = 0.0, 0.0
+    for start, stop in spans:
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total / 1e6
+
+
+def main(out: Path, rounds: int, names: list[str]) -> None:
+    launch = read_launch()
+    configs = {
+        name: load_config([*MODEL, f"train.global_batch={CLIPS * launch.world_size}", *name.split()]) for name in names
+    }
+    first = next(iter(configs.values()))
+    device = choose_device(first.parallel, launch)
+    with process_group(first.parallel, launch, device):
+        engines = {name: Timed(build(config, device, launch.world_size)) for name, config in configs.items()}
+        batch = step_of(clips_for(first.model, CLIPS))
+        batch = StepBatches(0, batch.lengths.repeat(launch.world_size), batch.micro)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(rounds + 1):
+            for name, engine in engines.items():
+                if number == 1:
+                    engine.seconds = dict.fromkeys(engine.seconds, 0.0)
+                dist.barrier()
+                began = time.perf_counter()
+                train_step(cast(Engine, engine), batch, configs[name], attempt=number, step=number)
+                dist.barrier()
+                if number:
+                    times[name].append(time.perf_counter() - began)
+        seen = {}
+        for name, engine in engines.items():
+            step = statistics.median(times[name])
+            shares = {what: spent / sum(times[name]) for what, spent in engine.seconds.items()}
+            talking = communication(engine, batch, configs[name])
+            seen[name] = {
+                "rounds": times[name],
+                "clips_per_second": CLIPS * launch.world_size / step,
+                "shares": shares | {"communication": talking / step},
+                "parameters": sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"]),
+            }
+    if launch.is_first:
+        out.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    end_process(0)
