@@ -1,7 +1,8 @@
-"""`run.dry_run=true`: everything that a job does once, on the machines that it will run on, and nothing is kept.
+"""`run.dry_run=true`: one step and one checkpoint of a job, on the machines that it will run on, and nothing is kept.
 
 What would end a run in its first hour ends a dry run in its first minute: memory that does not suffice, ranks that
-cannot talk to each other, a port, data or a folder that one node does not see.
+cannot talk to each other, a port, data or a folder that one node does not see. It makes no evaluation and sees no later
+phase of a curriculum. One that fails leaves its folder with the logs in it, until the next one of the same `run.dir`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,12 +32,15 @@ SUFFIX = ".dry-run"
 def rehearsal(config: Config) -> Config:
     """The same run in a folder of its own beside the one it will have, so that nothing is resumed or overwritten."""
     run = config.run
-    folder = f"{run.dir}{SUFFIX}" if run.dir is not None else None
+    folder = None
+    if run.dir is not None:
+        given = Path(run.dir).absolute()
+        folder = str(given.with_name(given.name + SUFFIX))
     return config.model_copy(update={"run": run.model_copy(update={"dir": folder, "name": f"{run.name}{SUFFIX}"[:80]})})
 
 
 def rehearse(trainer: Trainer, began: float) -> None:
-    """Read a batch, take a step, publish its figures, save and load a checkpoint, and remove the folder again.
+    """Read a batch, take a step, publish its figures, save and load a checkpoint.
 
     Args:
         trainer: Of a run that has not taken a step.
@@ -75,10 +80,16 @@ def rehearse(trainer: Trainer, began: float) -> None:
     logger.info("  %-16s %8.2f GiB", "checkpoint", written / 2**30)
     if result.skipped:
         logger.warning("the gradients of this batch are not finite: a run would skip it")
-    logger.info("dry run of %d ranks: all of it works, and nothing was kept", trainer.world_size)
+
+
+def forget(run: RunFolder) -> None:
+    """Remove all that a dry run has left, once nothing in it is open any more, and say so."""
     with Together():
         close_files()
-    decide_on_first(lambda: shutil.rmtree(trainer.attempt.run.path))
+    decide_on_first(lambda: shutil.rmtree(run.path))
+    logger.info(
+        "dry run: the job starts, reads, steps, saves and loads on %d ranks; nothing was kept", dist.get_world_size()
+    )
 
 
 def forget_earlier(run: RunFolder) -> None:

@@ -32,9 +32,11 @@ def preflight(config: Config, launch: Launch) -> tuple[ClipReader, ClipReader]:
     _collect(problems, lambda: _check_run_folder(config))
     degrees = _collect(problems, lambda: degrees_of(config.parallel, launch.world_size))
     if degrees is not None:
-        _collect(problems, lambda: check_plan(config, degrees.shard))
+        # Of ZeRO's flat ranges the configuration has been checked already.
+        shards = 1 if config.parallel.engine == "deepspeed" else degrees.shard
+        _collect(problems, lambda: check_plan(config, shards))
     if config.parallel.engine == "deepspeed":
-        _collect(problems, import_deepspeed)
+        _collect(problems, lambda: import_deepspeed(config.parallel))
     if config.metrics.tensorboard:
         _collect(problems, summary_writer)
     if launch.local_rank == 0:

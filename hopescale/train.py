@@ -25,7 +25,7 @@ from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
-from hopescale.dry_run import forget_earlier, rehearsal, rehearse
+from hopescale.dry_run import forget, forget_earlier, rehearsal, rehearse
 from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
@@ -143,10 +143,13 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         )
         if config.run.dry_run:
             rehearse(trainer, began)
-            return EXIT_DONE
-        outcome = trainer.run()
-        code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
-        attempt.say(outcome, code)
+        else:
+            outcome = trainer.run()
+            code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
+            attempt.say(outcome, code)
+    if config.run.dry_run:
+        forget(run)
+        return EXIT_DONE
     logger.info("%s at step %d of %d: %s", outcome, state.step, config.train.steps, run.path)
     return code
 

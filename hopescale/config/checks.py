@@ -32,6 +32,10 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
     yield from _cms_period_problems(config)
     yield from _recompute_problems(config)
     yield from config.parallel.problems()
+    strategy = config.optimizer.plan.strategy
+    if config.parallel.zero_stage and strategy in ("gram", "block_periodic"):
+        rule = f"needs matrices that are cut along one side, and ZeRO {config.parallel.zero_stage} cuts them anywhere"
+        yield Problem("optimizer.plan.strategy", strategy, rule, "set it to auto or owner, or train with parallel=fsdp")
     if config.parallel.offload_optimizer and "m3" in {group.algorithm for _, group in config.optimizer.groups}:
         rule = "steps on the host, where no GPU orthogonalises M3's matrices"
         yield Problem("parallel.offload_optimizer", True, rule, "set optimizer=adamw, or leave it out")

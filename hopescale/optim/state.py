@@ -77,6 +77,8 @@ def _in_host_memory(tensor: Tensor) -> Tensor:
     host = tensor.to("cpu")
     if local(tensor).is_cuda:
         piece = local(host).pin_memory()
+        if isinstance(host, FlatPiece):
+            return FlatPiece(piece, host.spec)
         return DTensor(piece, host._spec, requires_grad=False) if isinstance(host, DTensor) else piece
     return host
 

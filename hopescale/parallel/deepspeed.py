@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 
 from .process_group import name_accelerator
+from .schema import ParallelConfig
 
 TESTED = ("0.19.8",)
 """Releases whose insides are those described here."""
@@ -54,7 +56,8 @@ class DeepSpeedEngine:
             RuntimeError: Its buffers are not laid out as described here.
         """
         stage, world_size = config.parallel.zero_stage or 0, dist.get_world_size()
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(config.parallel)
+        self._gather: Any = deepspeed.zero.GatheredParameters
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._client = _Client([p for _, p in named])
         # Stage 3 leaves placeholders.
@@ -74,6 +77,9 @@ class DeepSpeedEngine:
         self.shards = world_size if stage else 1
         self.shard_group = dist.group.WORLD if stage else None
         self._pieces = _pieces(self._engine.optimizer, stage, named, shapes) if stage else dict(named)
+        self._had_gradient: set[str] = set()
+        for name, parameter in named:
+            parameter.register_post_accumulate_grad_hook(partial(self._see_gradient, name))
         groups = parameter_groups(self._pieces.items(), config.optimizer, config.model.cms.parameter_periods)
         self.optimizer = M3(groups, config.optimizer, process_group=None if stage else dist.group.WORLD)
         self._check_round_trip(named)
@@ -98,6 +104,7 @@ class DeepSpeedEngine:
             update()
             for parameter in self._pieces.values():
                 parameter.grad = None
+            self._had_gradient.clear()
 
         self._client.update = with_gradients
         try:
@@ -117,13 +124,23 @@ class DeepSpeedEngine:
             for number in range(len(self._engine.optimizer.fp16_groups)):
                 self._engine.optimizer._reassign_or_swap_out_partitioned_parameters(number)
 
+    def _see_gradient(self, name: str, _: Tensor) -> None:
+        self._had_gradient.add(name)
+
     def _give_gradients(self) -> None:
-        """Cut the gradient of the flat buffer as the buffer is cut."""
-        if not self._stage:
-            return
-        flat = _flat_buffer(self._engine.optimizer, self._stage)
-        assert flat.grad is not None
-        for parameter in self._pieces.values():
+        """Cut the gradient of the flat buffer as the buffer is cut.
+
+        A parameter that no backward of this step reached has none, as with every engine: DeepSpeed would give it zeros,
+        or what its buffer holds of an earlier step.
+        """
+        flat = _flat_buffer(self._engine.optimizer, self._stage) if self._stage else None
+        for name, parameter in self._pieces.items():
+            if name not in self._had_gradient:
+                parameter.grad = None
+                continue
+            if flat is None:
+                continue
+            assert flat.grad is not None
             assert isinstance(parameter, FlatPiece)
             first = parameter.piece.storage_offset() - flat.storage_offset()
             parameter.grad = FlatPiece(flat.grad[first : first + parameter.piece.numel()], parameter.spec)
@@ -136,13 +153,14 @@ class DeepSpeedEngine:
         """
         if not self._stage:
             return
+        # The same one on every rank: to gather it is a collective.
         name, parameter = max(named, key=lambda item: self._pieces[item[0]].numel())
         piece = self._pieces[name]
         assert isinstance(piece, FlatPiece)
         start, stop = piece.spec.own
         with self._gathered(parameter):
-            same = torch.equal(parameter.detach().reshape(-1)[start:stop].float(), piece.piece)
-        agreed = torch.tensor(int(same), device=piece.piece.device)
+            same = torch.equal(parameter.detach().reshape(-1)[start:stop].to(piece.piece), piece.piece)
+        agreed = torch.tensor(int(same), device=parameter.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         if not agreed:
             raise RuntimeError(f"DeepSpeed's buffer does not hold numbers {start} to {stop} of {name} where expected")
@@ -152,7 +170,7 @@ class DeepSpeedEngine:
         if self._stage < 3:
             yield
             return
-        with import_deepspeed().zero.GatheredParameters([parameter]):
+        with self._gather([parameter]):
             yield
 
 
@@ -169,14 +187,17 @@ class _Client(torch.optim.Optimizer):
             self.update()
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed(config: ParallelConfig) -> Any:
     """DeepSpeed, imported so that it builds nothing and says nothing.
 
+    Args:
+        config: Names the device it is to use.
+
     Raises:
-        ConfigError: A release that is not known here.
+        ConfigError: A release that is not known here, or the environment names another device.
         MissingExtra: It is not installed.
     """
-    name_accelerator()
+    name_accelerator(config)
     try:
         with _quiet():
             import deepspeed
@@ -217,6 +238,8 @@ def _settings(config: Config, device: torch.device) -> dict[str, Any]:
         zero["overlap_comm"] = device.type == "cuda"
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = KEPT_WHOLE
+        # It would replace torch's linear layers in the whole process, by ones that round otherwise under autocast.
+        zero["memory_efficient_linear"] = False
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     zero.update(parallel.zero_optimization)

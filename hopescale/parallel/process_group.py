@@ -106,15 +106,30 @@ def process_group(config: ParallelConfig, launch: Launch, device: torch.device) 
     with tempfile.TemporaryDirectory() as folder:
         alone = None if launch.launched else dist.FileStore(str(Path(folder) / "store"), 1)
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=alone)
+        lacks_rank = config.engine == "deepspeed" and not launch.launched
+        if lacks_rank:
+            # DeepSpeed reads it as it trains, also in a process that no launcher has started.
+            os.environ["LOCAL_RANK"] = str(launch.local_rank)
         try:
             yield
         finally:
+            if lacks_rank:
+                del os.environ["LOCAL_RANK"]
             dist.destroy_process_group()
 
 
-def name_accelerator() -> None:
-    """Tell DeepSpeed what it would otherwise find out by looking for compilers and drivers, with remarks on both."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def name_accelerator(config: ParallelConfig) -> None:
+    """Tell DeepSpeed what it would otherwise find out by looking for compilers and drivers, with remarks on both.
+
+    Raises:
+        ConfigError: The environment tells it another device than the configuration.
+    """
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    given = os.environ.get("DS_ACCELERATOR", device)
+    if given != device:
+        rule = f"DeepSpeed would use {given}, and parallel.device={config.device} is {device} here"
+        raise ConfigError(Problem("DS_ACCELERATOR", given, rule, "unset it, or set parallel.device"))
+    os.environ["DS_ACCELERATOR"] = device
 
 
 def end_process(code: int) -> NoReturn:

@@ -10,18 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from data_pipeline.errors import nearest
 from hopescale.errors import Problem
 
-ZERO_ENTRIES = (
-    "allgather_bucket_size",
-    "contiguous_gradients",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "round_robin_gradients",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-)
-"""Entries of `zero_optimization` that change how fast DeepSpeed is, and never what it computes."""
+ZERO_ENTRIES: dict[str, tuple[type, tuple[int, ...]]] = {
+    "allgather_bucket_size": (int, (1, 2)),
+    "contiguous_gradients": (bool, (1, 2, 3)),
+    "overlap_comm": (bool, (1, 2, 3)),
+    "reduce_bucket_size": (int, (1, 2, 3)),
+    "round_robin_gradients": (bool, (1, 2)),
+    "stage3_max_live_parameters": (int, (3,)),
+    "stage3_max_reuse_distance": (int, (3,)),
+    "stage3_param_persistence_threshold": (int, (3,)),
+    "stage3_prefetch_bucket_size": (int, (3,)),
+}
+"""Entries of `zero_optimization` that change how fast DeepSpeed is, and never what it computes: type, and stages that
+read it."""
 ZERO_REFUSED = {
     "mics_shard_size": "MiCS keeps copies of shards, which the pieces of parameters here do not tell apart",
     "zero_hpz_partition_size": "hpZ keeps a second copy of each shard, which checkpoints and M3 would not move",
@@ -106,3 +107,15 @@ class ParallelConfig(BaseModel):
             elif name not in ZERO_ENTRIES:
                 fix = nearest(name, ZERO_ENTRIES)
                 yield Problem(f"parallel.zero_optimization.{name}", value, "there is no such entry", fix)
+            else:
+                yield from self._entry_problems(name, value)
+
+    def _entry_problems(self, name: str, value: float | bool) -> Iterator[Problem]:
+        kind, stages = ZERO_ENTRIES[name]
+        field = f"parallel.zero_optimization.{name}"
+        if type(value) is not kind or (kind is int and value < 0):
+            wanted = "true or false" if kind is bool else "a whole number of at least 0"
+            yield Problem(field, value, f"must be {wanted}", "correct it")
+        if self.zero_stage not in stages:
+            rule = f"is ignored with parallel.zero_stage={self.zero_stage}"
+            yield Problem(field, value, rule, f"leave it out; stages {', '.join(map(str, stages))} read it")

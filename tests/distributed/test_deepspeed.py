@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from hopescale.errors import ConfigError, MissingExtra
 from hopescale.parallel.deepspeed import import_deepspeed
+from hopescale.parallel.schema import ParallelConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks", "deepspeed")]
 
@@ -61,13 +63,27 @@ def test_it_starts_where_it_can_build_nothing(train, tmp_path: Path, where: str)
     assert not extensions.exists()
 
 
+def test_one_process_needs_no_launcher(demo_shaped_data: Path, tmp_path: Path) -> None:
+    settings = ["experiment=demo", "parallel=deepspeed_zero3", "train.steps=1", "train.global_batch=2"]
+    settings += ["metrics.port=0", "metrics.tensorboard=false", f"data.path={demo_shaped_data}"]
+    command = [sys.executable, "-m", "hopescale.train", *settings, f"run.dir={tmp_path / 'run'}"]
+    without = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=without)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 def test_an_unknown_release_is_refused_and_a_missing_one_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    deepspeed: Any = import_deepspeed()
+    config = ParallelConfig(device="cpu")
+    deepspeed: Any = import_deepspeed(config)
     with monkeypatch.context() as patch:
         patch.setattr(deepspeed, "__version__", "0.99.0")
         with pytest.raises(ConfigError, match=r"DeepSpeed 0\.99\.0 is installed, and 0\.19\.8 is known here"):
-            import_deepspeed()
+            import_deepspeed(config)
+    with monkeypatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cuda")
+        with pytest.raises(ConfigError, match="DS_ACCELERATOR=cuda: DeepSpeed would use cuda"):
+            import_deepspeed(config)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "deepspeed", None)
         with pytest.raises(MissingExtra, match=r"pip install 'hopescale\[deepspeed\]'"):
-            import_deepspeed()
+            import_deepspeed(config)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.config.compose import load_config
+from hopescale.dry_run import rehearsal
+
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 
 
@@ -18,7 +21,7 @@ def test_a_dry_run_takes_a_step_and_keeps_nothing(train, tmp_path: Path) -> None
     assert rehearsed.code == 0, rehearsed.output
     for what in ("build", "read a batch", "take a step", "save", "load", "memory"):
         assert f"  {what} " in rehearsed.output
-    assert "dry run of 2 ranks: all of it works, and nothing was kept" in rehearsed.output
+    assert "steps, saves and loads on 2 ranks; nothing was kept" in rehearsed.output
     assert not list(tmp_path.glob("run*"))
     assert train(2, "run", *batch).status["step"] == 2
 
@@ -28,3 +31,11 @@ def test_what_a_run_would_end_with_ends_a_dry_run(train, tmp_path: Path) -> None
     run = train(2, "file/run", "run.dry_run=true")
     assert run.code == 1
     assert run.output.count("error: run.dir=") == 1
+
+
+@pytest.mark.parametrize("given", ["runs/a", "runs/a/", "a/../a"])
+def test_the_folder_of_a_dry_run_lies_beside_the_runs_own(given: str) -> None:
+    folder = rehearsal(load_config([f"run.dir={given}"])).run.dir
+    assert folder is not None
+    assert Path(folder).name == "a.dry-run"
+    assert Path(folder).parent.resolve() == Path(given).resolve().parent

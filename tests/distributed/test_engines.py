@@ -35,6 +35,7 @@ def run(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: flo
     seen = json.loads(out.read_text())
     for cell, found in seen.items():
         assert found["losses"] < 1e-6, cell
+        assert found["norms"] < 1e-4, cell
         assert {n: e for n, e in found["errors"].items() if not e < 1e-5} == {}, cell
         assert found["names"] == [], cell
         # Buffers of slow levels are empty at the start and after each firing.
@@ -60,7 +61,7 @@ def test_engines_on_two_ranks_train_as_one_process_and_go_on_from_each_other(tor
     seen = run(torchrun, 2, tmp_path / "seen.json", [*OF_TWO, *crossed])
     assert seen["parallel=ddp"]["placements"] == ["(Replicate(),)"]
     # Any number of ranks goes on from what two have left.
-    run(torchrun, 1, tmp_path / "one.json", [f"parallel=fsdp < {saved[7]}"])
+    run(torchrun, 1, tmp_path / "one.json", [f"parallel=fsdp < {saved[7]}", f"parallel=deepspeed_zero2 {WHOLE_BATCH}"])
     seen = run(torchrun, 4, tmp_path / "four.json", [*OF_FOUR, f"parallel=deepspeed_zero3 < {saved[1]}"])
     assert all(text.startswith("(Replicate(), Shard") for text in seen["parallel=hsdp"]["placements"])
 

@@ -32,6 +32,16 @@ def test_every_file_of_the_section_composes(name: str) -> None:
             ["parallel=deepspeed_zero3", "parallel.zero_optimization={reduce_buckets: 2}"],
             "did you mean reduce_bucket_s",
         ),
+        (
+            ["parallel=deepspeed_zero0", "parallel.zero_optimization={overlap_comm: true}"],
+            "is ignored with",
+        ),
+        (
+            ["parallel=deepspeed_zero2", "parallel.zero_optimization={stage3_max_live_parameters: 1}"],
+            "stages 3 read",
+        ),
+        (["parallel=deepspeed_zero2", "parallel.zero_optimization={reduce_bucket_size: -1}"], "a whole number of at"),
+        (["parallel=deepspeed_zero2", "optimizer.plan.strategy=gram"], "needs matrices that are cut along one side"),
         (["parallel.precision=fp16"], "parallel.precision=fp16"),
     ],
 )
