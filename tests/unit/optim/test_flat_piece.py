@@ -16,7 +16,7 @@ from hopescale.checkpoint.manager import load_tensors
 from hopescale.checkpoint.storage import RawWriter
 from hopescale.optim.flat_piece import FlatPiece, FlatRanges, range_boxes
 from hopescale.optim.shard_map import layout_of
-from hopescale.optim.state import local
+from hopescale.optim.state import _in_host_memory, local
 
 NO_GROUP = cast(Any, None)
 
@@ -61,6 +61,16 @@ def test_a_piece_looks_like_the_parameter_and_holds_a_view_of_its_numbers() -> N
         torch.add(held, 1)
     with pytest.raises(ValueError, match="numbers 5 to 17"):
         FlatPiece(numbers[:3], held.spec)
+
+
+def test_state_that_waits_in_host_memory_stays_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = piece(torch.arange(12.0), (3, 4), 2, 8)
+    # As on a GPU, where it is copied into pinned memory.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    waiting = _in_host_memory(held)
+    assert isinstance(waiting, FlatPiece)
+    assert (waiting.spec, waiting.piece.tolist()) == (held.spec, held.piece.tolist())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
