@@ -107,6 +107,18 @@ class FlatPiece(Tensor):
         raise ValueError(f"{index} is none of this rank's boxes of {self.spec.own}")
 
 
+def check_cover(name: str, shape: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:
+    """Check that ranges (start, stop) hold every number of a parameter once.
+
+    Raises:
+        ValueError: they leave gaps or overlap.
+    """
+    held = sorted((start, stop) for start, stop in ranges if stop > start)
+    ends = [0, *(stop for _, stop in held)]
+    if [start for start, _ in held] != ends[:-1] or ends[-1] != math.prod(shape):
+        raise ValueError(f"parameter {name} of {math.prod(shape)} numbers is cut into {held}: gaps or overlaps")
+
+
 @dataclass(frozen=True)
 class RangeBox:
     """A box of a row-major array whose numbers follow each other without a gap.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .flat_piece import FlatPiece
+from .flat_piece import FlatPiece, check_cover
 
 
 class Box(NamedTuple):
@@ -248,10 +248,7 @@ def flat_ranges(name: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, i
     Raises:
         ValueError: the ranges do not hold every number once.
     """
-    held = sorted((start, stop) for start, stop, _ in ranges if stop > start)
-    ends = [0, *(stop for _, stop in held)]
-    if [start for start, _ in held] != ends[:-1] or ends[-1] != math.prod(shape):
-        raise ValueError(f"parameter {name} of {math.prod(shape)} numbers is cut into {held}: gaps or overlaps")
+    check_cover(name, shape, [(start, stop) for start, stop, _ in ranges])
     rows, columns = shape[-2:]
     slots = []
     for start, stop, offset in ranges:

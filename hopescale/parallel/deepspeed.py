@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, missing_extra
 from hopescale.model.build import Predictor
-from hopescale.optim.flat_piece import FlatPiece, FlatRanges
+from hopescale.optim.flat_piece import FlatPiece, FlatRanges, check_cover
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 
@@ -53,7 +53,7 @@ class DeepSpeedEngine:
         Raises:
             ConfigError: DeepSpeed is of a release that is not known here.
             MissingExtra: It is not installed.
-            RuntimeError: Its buffers are not laid out as described here.
+            RuntimeError: Its buffers are not laid out as described here; ValueError: nor are their parts.
         """
         stage, world_size = config.parallel.zero_stage or 0, dist.get_world_size()
         deepspeed = import_deepspeed(config.parallel)
@@ -104,13 +104,14 @@ class DeepSpeedEngine:
             update()
             for parameter in self._pieces.values():
                 parameter.grad = None
-            self._had_gradient.clear()
 
         self._client.update = with_gradients
         try:
             self._engine.step()
         finally:
             self._client.update = None
+            # Also where DeepSpeed has left the update out.
+            self._had_gradient.clear()
 
     def finish_evaluation(self) -> None:
         """See `Engine`: stage 3 frees each module's parameters behind it."""
@@ -260,7 +261,8 @@ def _pieces(
     """This rank's part of every parameter, by name in the order of the model: views of the flat fp32 buffer.
 
     Raises:
-        RuntimeError: The buffer is not laid out as expected.
+        RuntimeError: The buffer lacks a parameter.
+        ValueError: The ranks do not hold every number of one once.
     """
     flat, group = _flat_buffer(zero, stage), dist.group.WORLD
     assert group is not None
@@ -269,12 +271,10 @@ def _pieces(
     made: dict[str, Tensor] = {}
     for parameter, ranges, offset in _layout(zero, stage, rank, world_size):
         name = names[id(parameter)]
+        check_cover(name, shapes[name], ranges)
         spec = FlatRanges(shapes[name], ranges, group, rank)
         start, stop = spec.own
         made[name] = FlatPiece(flat.detach()[offset : offset + stop - start], spec)
-        ends = [end for pair in sorted(pair for pair in ranges if pair[1] > pair[0]) for end in pair]
-        if [0, *ends[1:-1:2]] != ends[::2] or ends[-1] != torch.Size(shapes[name]).numel():
-            raise RuntimeError(f"DeepSpeed cut {name} of shape {shapes[name]} into {ranges}: gaps or overlaps")
     if made.keys() != set(names.values()):
         raise RuntimeError(f"DeepSpeed's buffer lacks {sorted(set(names.values()) - made.keys())}")
     return {name: made[name] for name, _ in named}
