@@ -123,28 +123,23 @@ def import_checkpoint(
     end_process(0)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def plan(
     overrides: Overrides = None,
-    shards: Annotated[int, typer.Option(min=1, help="Ranks that one copy of the model is sharded over.")] = 1,
-    copies: Annotated[int, typer.Option(min=1, help="Copies of the sharded model (HSDP).")] = 1,
+    sweep: Annotated[bool, typer.Option("--sweep", help="A table over ranks and recompute modes instead.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the sweep.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count parameters, FLOPs and bytes of a clip, and plan the optimizer's work, without data or a built model.
+    """Memory, traffic and time of a job on machines you do not have, from closed formulas; nothing is built or read.
 
-    The work is planned for CUDA devices, or for CPUs with parallel.device=cpu.
+    nodes=8 gpus_per_node=8 hardware=h100 are short for cluster.nodes and so on; the engine is that of parallel=...
     """
-    from hopescale.config.compose import load_config
-    from hopescale.plan.model import describe_plan, plan_model
-    from hopescale.plan.optimizer import plan_optimizer
+    from hopescale.plan.command import plan_command
 
-    config = load_config(overrides or [])
-    newton_schulz, table = plan_optimizer(config, shards, copies)
-    figures = {**plan_model(config), "newton_schulz": newton_schulz}
+    result, text = plan_command(overrides or [], sweep=sweep or plot is not None, plot=plot)
     if not as_json:
-        print(describe_plan(figures))
-        print(f"\n{table}")
-    _finish(figures, as_json)
+        print(text)
+    _finish(result, as_json)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from hopescale.parallel.deepspeed import import_deepspeed
 from hopescale.parallel.mesh import degrees_of
 from hopescale.parallel.process_group import Launch
 from hopescale.plan.optimizer import check_plan
+from hopescale.plan.spread import Spread, model_of
 
 T = TypeVar("T")
 
@@ -30,11 +31,9 @@ def preflight(config: Config, launch: Launch) -> tuple[ClipReader, ClipReader]:
     problems: list[Problem] = []
     readers = _collect(problems, lambda: _open_readers(config, launch))
     _collect(problems, lambda: _check_run_folder(config))
-    degrees = _collect(problems, lambda: degrees_of(config.parallel, launch.world_size))
-    if degrees is not None:
-        # Of ZeRO's flat ranges the configuration has been checked already.
-        shards = 1 if config.parallel.engine == "deepspeed" else degrees.shard
-        _collect(problems, lambda: check_plan(config, shards))
+    problems += config.cluster.started_differently(launch.world_size, launch.local_world_size)
+    if _collect(problems, lambda: degrees_of(config.parallel, launch.world_size)) is not None:
+        _collect(problems, lambda: check_plan(Spread(config, model_of(config), launch.world_size)))
     if config.parallel.engine == "deepspeed":
         _collect(problems, lambda: import_deepspeed(config.parallel))
     if config.metrics.tensorboard:

@@ -31,13 +31,13 @@ from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
 from hopescale.model.build import build_predictor
-from hopescale.model.init import initialise
 from hopescale.model.teaching import at_step
 from hopescale.optim.routing import routing_table
 from hopescale.optim.schedule_table import schedule_table
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.parallel.agreement import Together, check_agreement, decide_on_first
 from hopescale.parallel.engine import Engine, open_engine
+from hopescale.parallel.materialise import parameters_on_meta
 from hopescale.parallel.process_group import (
     Launch,
     choose_device,
@@ -209,10 +209,9 @@ def evaluate(
 
 
 def build(config: Config, device: torch.device, world_size: int) -> Engine:
-    """Predictor and optimizer: build, initialise, recompute, compile, spread, then route parameters to groups."""
-    model = build_predictor(config.model)
-    initialise(model, config.train.seed)
-    model.to(device)
+    """Predictor and optimizer: build without memory, recompute, compile, spread, initialise, route to groups."""
+    with parameters_on_meta():
+        model = build_predictor(config.model)
     recompute_blocks(list(model.blocks), config.parallel.recompute)
     if config.parallel.compile:
         for block in model.blocks:

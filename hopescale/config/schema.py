@@ -13,6 +13,7 @@ from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.schema import ModelConfig
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.parallel.schema import ParallelConfig
+from hopescale.plan.schema import ClusterConfig
 
 SECTION = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -92,5 +93,6 @@ class Config(BaseModel):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
     train: TrainConfig = TrainConfig()
     demo: DemoConfig = DemoConfig()

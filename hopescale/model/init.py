@@ -6,6 +6,7 @@ So they do not depend on the number of ranks, on the order of construction, or o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -39,7 +40,13 @@ CONSTANTS: tuple[tuple[str, float], ...] = (
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Set every parameter of an unsharded model in place.
+    """Set every parameter of an unsharded model in place; see `initial_value`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, seed))
+
+
+def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """What a parameter starts from, fp32 on the CPU: a function of its name, its shape and the seed alone.
 
     Constants: norms 1, biases 0, the output matrix of spatial mixing 0 (a fresh block is then the block without it).
     The norms of the eta and alpha memories are 1 over half of the features and -1 over the rest. The gate of a
@@ -47,21 +54,19 @@ def initialise(model: nn.Module, seed: int) -> None:
     All others: truncated normal, of standard deviation 0.02 for position tables, 0.004 for the output projection,
     3 / sqrt(inputs) for encoders of actions, states and extrinsics, and 0.02 sqrt(384 / inputs) for other matrices.
     """
-    for name, parameter in model.named_parameters():
-        constant = next((value for pattern, value in CONSTANTS if fnmatchcase(name, pattern)), None)
-        if constant is not None:
-            parameter.fill_(constant)
-            if fnmatchcase(name, "*.memory.norm_weight") and len(parameter) == len(MEMORIES):
-                _split_gates(parameter)
-        elif fnmatchcase(name, "*_position.weight"):
-            parameter.copy_(_truncated_normal(parameter, EMBEDDING_STD, seed, name))
-        elif fnmatchcase(name, "*_encoder.weight"):
-            parameter.copy_(_truncated_normal(parameter, CONDITIONING_STD / parameter.shape[-1] ** 0.5, seed, name))
-        elif name == "project.weight":
-            parameter.copy_(_truncated_normal(parameter, HEAD_STD, seed, name))
-        else:
-            std = MATRIX_STD * (REFERENCE_FAN_IN / parameter.shape[-1]) ** 0.5
-            parameter.copy_(_truncated_normal(parameter, std, seed, name))
+    constant = next((value for pattern, value in CONSTANTS if fnmatchcase(name, pattern)), None)
+    if constant is not None:
+        value = torch.full(tuple(shape), constant)
+        if fnmatchcase(name, "*.memory.norm_weight") and len(value) == len(MEMORIES):
+            _split_gates(value)
+        return value
+    if fnmatchcase(name, "*_position.weight"):
+        return _truncated_normal(shape, EMBEDDING_STD, seed, name)
+    if fnmatchcase(name, "*_encoder.weight"):
+        return _truncated_normal(shape, CONDITIONING_STD / shape[-1] ** 0.5, seed, name)
+    if name == "project.weight":
+        return _truncated_normal(shape, HEAD_STD, seed, name)
+    return _truncated_normal(shape, MATRIX_STD * (REFERENCE_FAN_IN / shape[-1]) ** 0.5, seed, name)
 
 
 def _split_gates(norm_weight: Tensor) -> None:
@@ -71,7 +76,7 @@ def _split_gates(norm_weight: Tensor) -> None:
         norm_weight[MEMORIES.index(gate), norm_weight.shape[1] // 2 :] = -1
 
 
-def _truncated_normal(like: Tensor, std: float, seed: int, name: str) -> Tensor:
+def _truncated_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return nn.init.trunc_normal_(torch.empty(like.shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+    return nn.init.trunc_normal_(torch.empty(tuple(shape)), std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -93,11 +93,18 @@ class Traffic(NamedTuple):
     """To ranks of its replica, itself left out."""
     across: list[int]
     """To other replicas."""
+    own: list[int]
+    """To itself, in the same collective."""
 
     @property
     def total(self) -> list[int]:
         """To other ranks."""
         return [a + b for a, b in zip(self.inside, self.across, strict=True)]
+
+    @property
+    def packed(self) -> list[int]:
+        """What the collective is given, to other ranks or not."""
+        return [a + b for a, b in zip(self.total, self.own, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,9 @@ class Schedule:
         }
         return exchanges.get(plan, [])
 
+    def _nothing(self) -> Traffic:
+        return Traffic(*([0] * self.team.size for _ in Traffic._fields))
+
     def _size(self, bucket: Bucket, number: int, slot: int) -> int:
         """Bytes that travel between a slot and whoever works on a matrix."""
         position, matrix = bucket.matrices[number]
@@ -159,23 +169,25 @@ class Schedule:
         return message_bytes(min(layout.rows, layout.columns), self.config) if size else 0
 
     def _to_workers(self, bucket: Bucket) -> Traffic:
-        sent = Traffic([0] * self.team.size, [0] * self.team.size)
+        sent = self._nothing()
         for number, place in enumerate(bucket.places):
             for replica in replicas_of(self.team, place):
                 workers = self.team.num_slots if place.slot == EVERY else 1
                 for slot in range(self.team.num_slots):
-                    others = workers - (place.slot in (EVERY, slot))
-                    sent.inside[self.team.rank[replica, slot]] += others * self._size(bucket, number, slot)
+                    rank, itself = self.team.rank[replica, slot], place.slot in (EVERY, slot)
+                    sent.inside[rank] += (workers - itself) * self._size(bucket, number, slot)
+                    sent.own[rank] += itself * self._size(bucket, number, slot)
         return sent
 
     def _to_holders(self, bucket: Bucket) -> Traffic:
-        sent = Traffic([0] * self.team.size, [0] * self.team.size)
+        sent = self._nothing()
         others = self.team.num_replicas - 1
         for number, place in enumerate(bucket.places):
             sizes = [self._size(bucket, number, slot) for slot in range(self.team.num_slots)]
             for replica in replicas_of(self.team, place):
                 rank = self.team.rank[replica, place.slot]
                 sent.inside[rank] += sum(sizes) - sizes[place.slot]
+                sent.own[rank] += sizes[place.slot]
                 sent.across[rank] += 0 if place.replica == EVERY else others * sum(sizes)
         return sent
 

@@ -73,6 +73,13 @@ def _names(group: Mapping[str, Any], config: M3Config) -> list[str]:
     return [*own, "period_sum"] if group["period"] > 1 else own
 
 
+def state_tensors(group: Mapping[str, Any], config: M3Config) -> tuple[int, int]:
+    """How many tensors of a parameter's shape a group keeps for each on its device, and how many in host memory."""
+    names = _names({"period": 1, **group}, config)
+    there = sum(group["algorithm"] == "m3" and waits_in_host_memory(name, config) for name in names)
+    return len(names) - there, there
+
+
 def _in_host_memory(tensor: Tensor) -> Tensor:
     host = tensor.to("cpu")
     if local(tensor).is_cuda:

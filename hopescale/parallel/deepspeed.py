@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, missing_extra
 from hopescale.model.build import Predictor
+from hopescale.model.passes import passes
 from hopescale.optim.flat_piece import FlatPiece, FlatRanges, check_cover
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
@@ -35,6 +36,11 @@ TESTED = ("0.19.8",)
 KEPT_WHOLE = 4096
 """Numbers up to which stage 3 leaves a parameter on every rank, norms and biases above all: gathering them costs more
 than they weigh."""
+BUCKET = 2**24
+"""Most numbers of gradients that are reduced at once, for which every rank makes room: DeepSpeed's own half a billion
+would be 2 GB of it, whatever the model."""
+ZERO_ALIGNMENT = 2
+"""Stages 1 and 2 fill their buffer up to a multiple of so many numbers a rank."""
 ONE_SUB_GROUP = 10**15
 """Numbers a sub-group of stage 3 may have: more than any model, so that there is one."""
 
@@ -66,7 +72,7 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model,
                 optimizer=self._client,
-                config=_settings(config, device),
+                config=_settings(config, device, sum(p.numel() for _, p in named)),
                 dist_init_required=False,
             )[0]
         self.model: nn.Module = model
@@ -216,8 +222,13 @@ def import_deepspeed(config: ParallelConfig) -> Any:
     return deepspeed
 
 
-def _settings(config: Config, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+def bucket_numbers(parallel: ParallelConfig, numbers: int) -> int:
+    """How many gradients of a model of so many numbers are reduced at once."""
+    return int(parallel.zero_optimization.get("reduce_bucket_size", min(BUCKET, numbers)))
+
+
+def _settings(config: Config, device: torch.device, numbers: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of so many numbers."""
     parallel, world_size = config.parallel, dist.get_world_size()
     stage = parallel.zero_stage or 0
     # It wants numbers that fit each other; none of them decides what is computed here.
@@ -233,12 +244,17 @@ def _settings(config: Config, device: torch.device) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "sub_group_size": ONE_SUB_GROUP},
     }
     zero = settings["zero_optimization"]
+    if stage:
+        zero["reduce_bucket_size"] = bucket_numbers(parallel, numbers)
     if stage in (1, 2) and not parallel.offload_optimizer:
         zero["compute_grad_norm"] = False
     if stage in (1, 2):
         zero["overlap_comm"] = device.type == "cuda"
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = KEPT_WHOLE
+        if len(passes(config.model, config.objective, config.model.frames)) > 1:
+            # What it gathers ahead at the end of a forward, for backward, it throws away when the next forward begins.
+            zero["stage3_prefetch_bucket_size"] = 0
         # It would replace torch's linear layers in the whole process, by ones that round otherwise under autocast.
         zero["memory_efficient_linear"] = False
     if parallel.offload_optimizer:

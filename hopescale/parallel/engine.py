@@ -16,6 +16,7 @@ from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 
 from .fsdp import free_gathered, reduce_gradients_in_backward, shard_model
+from .materialise import materialise
 from .mesh import SHARDS, build_mesh, degrees_of
 
 
@@ -88,17 +89,19 @@ def open_engine(model: Predictor, config: Config, device: torch.device, world_si
     """Spread a model over all ranks as `parallel` says, and make its optimizer.
 
     Args:
-        model: A predictor, whole and the same on every rank; has `blocks`.
+        model: A predictor built inside `parameters_on_meta`, to be given its first numbers; has `blocks`.
         config: Of the run.
-        device: Where the model is.
+        device: Where it is to be.
         world_size: Ranks.
     """
     degrees = degrees_of(config.parallel, world_size)
     if config.parallel.engine == "deepspeed":
         from .deepspeed import DeepSpeedEngine
 
+        materialise(model, device, config.train.seed)
         return DeepSpeedEngine(model, config, device)
     shard_model(model, list(model.blocks), build_mesh(device, degrees), config.parallel)
+    materialise(model, device, config.train.seed)
     groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
     return TorchEngine(model, M3(groups, config.optimizer))
 

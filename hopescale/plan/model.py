@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from hopescale.config.schema import Config
-from hopescale.model.build import build_predictor
 from hopescale.model.flops import flops_executed, flops_reference
 from hopescale.model.memory_flops import Flops
 from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.passes import Pass, active_frames
 from hopescale.optim.m3 import M3
 from hopescale.optim.momentum import waits_in_host_memory
-from hopescale.optim.routing import parameter_groups
 
 from .activations import clip_bytes
+from .spread import model_of
 
 GRADIENT_BYTES = 4
 STORED = ("parameters", "gradients", "optimizer_state")
@@ -57,9 +54,7 @@ def plan_model(config: Config) -> dict[str, Any]:
 
 def _groups(config: Config) -> list[dict[str, Any]]:
     """One row an optimizer group; the model and the optimizer's state exist on the meta device alone."""
-    with torch.device("meta"):
-        predictor = build_predictor(config.model)
-    groups = parameter_groups(predictor.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
+    groups = list(model_of(config).groups)
     optimizer, rows = M3(groups, config.optimizer), []
     for group in optimizer.param_groups:
         numbers = sum(p.numel() for p in group["params"])
@@ -132,7 +127,8 @@ def _describe_clip(figures: dict[str, Any], when: str) -> list[str]:
     kept = figures["bytes_per_clip"]
     if kept is not None:
         fast, block = _bytes(kept["fast_state"]), _bytes(kept["block_input"])
-        lines.append(f"  {_bytes(kept['saved'])} kept for backward (fast weights {fast}, a block's input {block})")
+        most = _bytes(kept["together"])
+        lines.append(f"  {most} kept and worked on in backward (fast weights {fast}, a block's input {block})")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Who orthogonalises what on ranks you do not have: the optimizer's planner on the layouts that FSDP2 would make."""
+"""Who orthogonalises what on ranks you do not have: the optimizer's planner on the layouts an engine would make."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
-from hopescale.model.build import build_predictor
 from hopescale.optim.orthogonaliser import schedule_for, with_plan
 from hopescale.optim.planner import PlanName, Schedule
-from hopescale.optim.routing import parameter_groups
 from hopescale.optim.schedule_table import bucket_figures, figures_of, schedule_table, table_row
-from hopescale.optim.shard_map import Layout, Team, sharded
-from hopescale.parallel.fsdp import shard_dim
+from hopescale.optim.shard_map import Layout, Team
+
+from .spread import Spread
 
 DEVICES = {
     "cuda": "Planned for CUDA devices (parallel.device=cpu plans for CPUs), with costs that optimizer.plan.* sets.",
@@ -25,27 +24,25 @@ AUTO = "  one plan for all (auto takes gram in fp32 alone, for long matrices whe
 EXACT_PLANS: tuple[PlanName, ...] = tuple(plan for plan in get_args(PlanName) if plan != "block_periodic")
 
 
-def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[str, Any], str]:
+def plan_optimizer(spread: Spread) -> tuple[dict[str, Any], str]:
     """Newton-Schulz of one step in which all m3 groups fire; on CUDA devices unless parallel.device=cpu.
 
     Args:
-        config: of the run.
-        shards: ranks that one copy of the model is sharded over.
-        copies: of the sharded model.
+        spread: the model over ranks.
 
     Raises:
-        ConfigError: a plan that the configuration forces cannot be used on some matrix, or as `m3_layouts` says.
+        ConfigError: a plan that the configuration forces cannot be used on some matrix.
 
     Returns:
         Figures and text. Figures have `ranks`, `precision`, `costs`; `buckets`, one row each; `total`; `exact_step`,
         the total of the exact steps of block_periodic, whose other figures are of the steps between, else None; and
         `others`, the totals of every exact plan for all matrices, or why it cannot be used.
     """
-    device = torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
-    layouts, team = m3_layouts(config, shards), Team.of_shards(shards, copies)
-    if not layouts:
+    config, device = spread.config, device_of(spread.config)
+    layouts, team = spread.layouts(spread.m3_parameters), spread.team
+    schedule = schedule_of(spread)
+    if schedule is None:
         return {"matrices": 0}, "Newton-Schulz: no group has algorithm m3; optimizer=m3 gives it some"
-    schedule = _schedule(config, layouts, team, device)
     lines = [DEVICES[device.type], schedule_table(schedule)]
     exact, period = None, config.optimizer.plan.block_period
     if period is not None:
@@ -66,7 +63,7 @@ def plan_optimizer(config: Config, shards: int, copies: int = 1) -> tuple[dict[s
             text += f"  in {precision}" if precision != schedule.newton_schulz.precision else ""
         lines += [*([] if len(others) > 1 else [AUTO]), text]
     figures = {
-        "ranks": {"shards": shards, "copies": copies},
+        "ranks": {"shards": spread.degrees.shard, "copies": spread.degrees.replicate},
         "precision": schedule.newton_schulz.precision,
         "costs": {"device": device.type, **schedule.costs._asdict()},
         "buckets": bucket_figures(schedule),
@@ -90,45 +87,35 @@ def _planned(
     return schedule_for(layouts, range(len(layouts)), team, with_plan(config.optimizer, plan), device)
 
 
-def check_plan(config: Config, shards: int) -> None:
-    """Check that routing suits the model, and that a plan which the configuration forces can be used on every matrix.
-
-    Raises:
-        ConfigError: it does not, or it cannot on some.
-    """
-    layouts = m3_layouts(config, shards)
-    if config.optimizer.plan.strategy != "auto":
-        _schedule(config, layouts, Team.of_shards(shards), torch.device("cpu"))
-
-
-def _schedule(config: Config, layouts: Sequence[Layout], team: Team, device: torch.device) -> Schedule:
-    """The schedule of all of them together.
+def schedule_of(spread: Spread) -> Schedule | None:
+    """Who orthogonalises what, as a run would have it; None without a matrix.
 
     Raises:
         ConfigError: the strategy cannot be used on some.
     """
+    layouts = spread.layouts(spread.m3_parameters)
+    if not layouts:
+        return None
+    config = spread.config.optimizer
     try:
-        return schedule_for(layouts, range(len(layouts)), team, config.optimizer, device)
+        return schedule_for(layouts, range(len(layouts)), spread.team, config, device_of(spread.config))
     except ValueError as error:
-        strategy = config.optimizer.plan.strategy
+        strategy = config.plan.strategy
         rule = str(error).removeprefix(f"optimizer.plan.strategy={strategy} ").removesuffix("; use auto or owner")
         fix = "set optimizer.plan.strategy=auto, or owner"
         raise ConfigError(Problem("optimizer.plan.strategy", strategy, rule, fix)) from None
 
 
-def m3_layouts(config: Config, shards: int) -> list[Layout]:
-    """Layouts of all parameters in m3 groups, sharded as FSDP2 would.
+def device_of(config: Config) -> torch.device:
+    """What is planned for."""
+    return torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
+
+
+def check_plan(spread: Spread) -> None:
+    """Check that a plan which the configuration forces can be used on every matrix.
 
     Raises:
-        ConfigError: as `parameter_groups` says.
+        ConfigError: it cannot on some.
     """
-    with torch.device("meta"):
-        predictor = build_predictor(config.model)
-    groups = parameter_groups(predictor.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
-    matrices = [
-        (name, tuple(parameter.shape))
-        for group in groups
-        if group["algorithm"] == "m3"
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    ]
-    return [sharded(name, shape, [(shard_dim(shape, shards), shards)]) for name, shape in matrices]
+    if spread.config.optimizer.plan.strategy != "auto":
+        schedule_of(spread)

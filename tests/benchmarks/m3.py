@@ -21,6 +21,7 @@ import torch
 from hopescale.config.compose import load_config
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.plan.optimizer import plan_optimizer
+from hopescale.plan.spread import Spread, model_of
 from tests.benchmarks.m3_contenders import SHAPES, gradients, ours
 from tests.benchmarks.turns import ratio_in_turns
 
@@ -106,9 +107,10 @@ def on_paper() -> str:
     numbers = f"{'exchanges':>10}{'GFLOP':>10}{'of an even share':>18}{'MiB sent':>11}"
     lines = [f"{'parameters':<16}{'ranks':<10}{'plan':<14}{numbers}"]
     for name, experiment in MODELS.items():
-        config = load_config([f"experiment={experiment}", "optimizer=m3"])
         for shards, copies in WORLDS:
-            figures, _ = plan_optimizer(config, shards, copies)
+            arranged = [f"parallel.shard={shards}", f"parallel.replicate={copies}"]
+            config = load_config([f"experiment={experiment}", "optimizer=m3", *arranged])
+            figures, _ = plan_optimizer(Spread(config, model_of(config), shards * copies))
             total = figures["total"]
             plans = "+".join(dict.fromkeys(bucket["plan"] for bucket in figures["buckets"]))
             ranks = f"{shards}" if copies == 1 else f"{shards} x {copies}"

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hopescale.model.build import build_predictor
 from hopescale.model.flops import Recompute
@@ -14,6 +13,7 @@ from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.schema import ModelConfig
 from hopescale.parallel.activation_checkpointing import recompute_blocks
 from hopescale.plan.activations import clip_bytes, fast_state
+from tests.ledger import Ledger
 
 SMALL: dict[str, Any] = {
     "encoder_dim": 64,
@@ -36,37 +36,39 @@ def settings(**fields: Any) -> ModelConfig:
     return ModelConfig.model_validate(SMALL | merged)
 
 
-def saved_bytes(model: ModelConfig, objective: ObjectiveConfig, recompute: Recompute, precision: str) -> float:
-    """Bytes of a clip that autograd saves in forward, parameters apart."""
+def most_alive(
+    model: ModelConfig, objective: ObjectiveConfig, recompute: Recompute, precision: str
+) -> dict[str, float]:
+    """Most bytes of a clip that are alive in forward and backward, by category; parameters apart."""
     predictor, batch, last = build_predictor(model), 4, model.frames - 1
     initialise(predictor, 0)
     recompute_blocks(list(predictor.blocks), recompute)
-    storages = {p.untyped_storage().data_ptr() for p in predictor.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in storages:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        losses = clip_losses(
-            predictor,
-            objective,
-            torch.randn(batch, model.frames, model.num_patches, model.encoder_dim),
-            torch.randn(batch, last, model.action_dim),
-            None,
-            torch.full((batch,), model.frames),
-            torch.ones(batch),
-            torch.full((batch,), last),
-            None,
-            consolidate=model.longterm is not None,
-        )
-    assert losses.teacher.requires_grad or losses.rollout.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / batch
+    ledger = Ledger((p.shape for p in predictor.parameters()), parameters=predictor.parameters())
+    features = torch.randn(batch, model.frames, model.num_patches, model.encoder_dim)
+    actions = torch.randn(batch, last, model.action_dim)
+    with ledger.watching():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses = clip_losses(
+                predictor,
+                objective,
+                features,
+                actions,
+                None,
+                torch.full((batch,), model.frames),
+                torch.ones(batch),
+                torch.full((batch,), last),
+                None,
+                consolidate=model.longterm is not None,
+            )
+        (losses.teacher.sum() + losses.jump.sum() + losses.rollout.sum() + losses.auxiliary.sum()).backward()
+    # Autocast's copies of parameters are of a model, not of a clip.
+    copies = 2 * sum(p.numel() for p in predictor.parameters() if p.ndim > 1) if precision == "bf16" else 0
+    activations = ledger.peaks("activations")["total"] - copies
+    return {
+        "fast_weights": ledger.peaks()["fast_state"] / batch if ledger.peaks().get("fast_state") else 0.0,
+        "activations": activations / batch,
+        "together": (ledger.peaks("activations", "fast_state")["total"] - copies) / batch,
+    }
 
 
 @pytest.mark.parametrize(
@@ -91,32 +93,35 @@ def saved_bytes(model: ModelConfig, objective: ObjectiveConfig, recompute: Recom
     ],
     ids=str,
 )
-def test_saved_bytes_are_near_what_autograd_saves(
-    fields: dict[str, Any], branches: dict[str, Any], precision: str
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_most_that_is_alive_is_foreseen(
+    fields: dict[str, Any], branches: dict[str, Any], precision: str, recompute: Recompute
 ) -> None:
     model, objective = settings(**fields), ObjectiveConfig.model_validate(branches)
-    found = clip_bytes(model, objective, model.frames, "none", precision)
-    assert found.saved == pytest.approx(saved_bytes(model, objective, "none", precision), rel=0.1)
+    found = clip_bytes(model, objective, model.frames, recompute, precision)
+    seen = most_alive(model, objective, recompute, precision)
+    memory = model.memory
+    rough = memory.momentum or memory.chunk_rule == "scan" or objective.rollout.weight or precision == "bf16"
+    for what, size in seen.items():
+        assert getattr(found, what) == pytest.approx(size, rel=0.25 if rough else 0.1), what
 
 
 @pytest.mark.parametrize("pattern", [("H", "H", "H"), ("S", "T", "S")])
 def test_recomputed_blocks_keep_their_inputs_and_one_block_at_a_time(pattern: tuple[str, ...]) -> None:
-    model, objective = settings(block_pattern=pattern), ObjectiveConfig.model_validate(TEACHER)
-    one = settings(block_pattern=pattern[:1])
-    forward = saved_bytes(model, objective, "block", "fp32")
-    again = saved_bytes(one, objective, "none", "fp32") - saved_bytes(one, objective, "block", "fp32")
-    found = clip_bytes(model, objective, model.frames, "block", "fp32")
-    assert found.saved == pytest.approx(forward + again, rel=0.1)
-    assert found.block_input == 6 * 33 * 48 * 4
+    objective = ObjectiveConfig.model_validate(TEACHER)
+    few, many = (settings(block_pattern=pattern * times) for times in (1, 3))
+    sizes = [clip_bytes(model, objective, 7, "block", "fp32") for model in (few, many)]
+    assert sizes[0].block_input == 6 * 33 * 48 * 4
+    assert sizes[1].together - sizes[0].together == 2 * len(pattern) * sizes[0].block_input
 
 
 def test_recomputed_chunks_keep_the_memories_they_leave() -> None:
     model, objective = settings(block_pattern=("H", "H")), ObjectiveConfig.model_validate(TEACHER)
-    found = {r: clip_bytes(model, objective, 7, r, "fp32").saved for r in ("none", "chunk")}
+    found = {r: clip_bytes(model, objective, 7, r, "fp32").together for r in ("none", "chunk")}
     assert found["chunk"] < found["none"]
     # Four whole writes and one into the main memory alone, in both blocks; then one chunk's activations at a time.
     states = 2 * (4 + 1 / 5) * fast_state(model, "H")
-    ends_and_streams = clip_bytes(settings(memory={"self_modify": []}), objective, 7, "none", "fp32").saved
+    ends_and_streams = clip_bytes(settings(memory={"self_modify": []}), objective, 7, "none", "fp32").together
     assert states < found["chunk"] < states + ends_and_streams + 0.2 * found["none"]
 
 

@@ -42,11 +42,12 @@ def test_json_is_one_object_with_the_figures_of_a_clip() -> None:
     assert len(stdout.splitlines()) == 1
     plan = json.loads(stdout)
     assert plan.pop("newton_schulz")["total"]["matrices"] > 0
+    assert plan.pop("job")["ranks"] == {"nodes": 1, "of_node": 1, "replicate": 1, "shard": 1}
     assert plan == plan_model(config)
     objective = config.objective
     assert plan["flops_executed"]["total"] == flops_executed(config.model, objective, 8, "block").total
     assert plan["flops_reference"]["forward"] == flops_reference(config.model, objective, 8).forward
-    assert plan["bytes_per_clip"]["saved"] > plan["bytes_per_clip"]["block_input"] == 7 * 65 * 48 * 4
+    assert plan["bytes_per_clip"]["together"] > plan["bytes_per_clip"]["block_input"] == 7 * 65 * 48 * 4
     assert plan["branches"] == ["teacher", "jump"]
     assert plan["curriculum"] == []
 
@@ -102,7 +103,7 @@ def test_each_phase_of_a_curriculum_has_its_figures() -> None:
 def test_recomputation_trades_flops_for_bytes(recompute: str) -> None:
     none, other = (plan_model(load_config([*SMALL, f"parallel.recompute={r}"])) for r in ("none", recompute))
     assert (other["flops_executed"]["recomputed"] > 0) == (recompute != "none")
-    assert (other["bytes_per_clip"]["saved"] < none["bytes_per_clip"]["saved"]) == (recompute != "none")
+    assert (other["bytes_per_clip"]["together"] < none["bytes_per_clip"]["together"]) == (recompute != "none")
     assert other["flops_reference"] == none["flops_reference"]
 
 

@@ -1,0 +1,190 @@
+"""A whole job on machines you do not have: memory and time of a step, what travels, and what data must arrive."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+from hopescale.config.schema import Config
+from hopescale.errors import ConfigError, Problem
+from hopescale.model.flops import Recompute
+from hopescale.optim.planner import Schedule
+
+from .hardware import Hardware, hardware_of
+from .memory import RESERVE, Memory, largest_micro_batch, memory_of
+from .optimizer import schedule_of
+from .spread import Model, Spread, model_of
+from .step_time import StepTime, step_time
+from .traffic import Collective, Share, collectives, share_of
+
+STORED_BYTES = 2
+"""Of a number of features in a shard that keeps them in fp16."""
+EXTRAPOLATED_FROM = 2
+"""Times the ranks of the steps that figures were fitted to, up to which tests hold predictions to 15 %."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration on so many ranks."""
+
+    config: Config
+    model: Model
+    world_size: int
+    ranks_of_node: int
+    hardware: Hardware
+
+    @cached_property
+    def spread(self) -> Spread:
+        """The model over the ranks."""
+        return Spread(self.config, self.model, self.world_size)
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """Of M3's matrices."""
+        return schedule_of(self.spread)
+
+    @cached_property
+    def share(self) -> Share:
+        """Of one rank."""
+        return share_of(self.config, self.world_size)
+
+    @property
+    def frames(self) -> int:
+        """Stored frames of a clip."""
+        return min(self.config.data.frames or self.config.model.frames, self.config.model.frames)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of the rank that needs most."""
+        return memory_of(self.spread, self.schedule, self.share, self.frames)
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a step may take."""
+        return (1 - RESERVE) * self.hardware.memory_bytes
+
+    @cached_property
+    def largest_micro_batch(self) -> int:
+        """Most clips at once that fit."""
+        return largest_micro_batch(self.spread, self.schedule, self.frames, self.limit)
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """Of a step."""
+        return collectives(self.spread, self.schedule, self.share, self.frames)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of a step."""
+        return step_time(
+            self.spread, self.schedule, self.collectives, self.share, self.frames, self.hardware, self.ranks_of_node
+        )
+
+    @property
+    def clips_per_second(self) -> float:
+        """Of all ranks."""
+        return self.config.train.global_batch / self.time.total
+
+    @property
+    def read_per_node(self) -> float:
+        """Bytes of features a second that a node must read."""
+        model = self.config.model
+        clip = self.frames * model.num_patches * model.encoder_dim * STORED_BYTES
+        return self.clips_per_second * clip * self.ranks_of_node / self.world_size
+
+    @property
+    def is_extrapolation(self) -> bool:
+        """Whether the time is of more ranks than its figures were checked for."""
+        fitted = self.hardware.fitted_ranks
+        return fitted is None or self.world_size > EXTRAPOLATED_FROM * fitted
+
+    def on(self, world_size: int, recompute: Recompute | None = None) -> Job:
+        """The same with another number of ranks, filling node after node, or another `parallel.recompute`.
+
+        Raises:
+            ConfigError: the configuration cannot be spread over so many.
+        """
+        config = self.config
+        if recompute is not None:
+            parallel = config.parallel.model_copy(update={"recompute": recompute})
+            config = config.model_copy(update={"parallel": parallel})
+        check_ranks(config, world_size)
+        return Job(config, self.model, world_size, min(self.ranks_of_node, world_size), self.hardware)
+
+
+def job_of(config: Config) -> Job:
+    """The job of a configuration on the machines of its `cluster` section.
+
+    Raises:
+        ConfigError: it cannot be spread over so many ranks; of `model.compat`, whose arithmetic is another.
+    """
+    ranks = config.cluster.ranks
+    check_ranks(config, ranks)
+    hardware = hardware_of(config.cluster.hardware, config.parallel.device)
+    return Job(config, model_of(config), ranks, config.cluster.gpus_per_node or 1, hardware)
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Check that a global batch reaches every rank, and that the ranks can be arranged.
+
+    Raises:
+        ConfigError: it does not, or they cannot.
+    """
+    batch = config.train.global_batch
+    if batch < world_size:
+        rule = f"must be at least one clip for each of {world_size} ranks"
+        raise ConfigError(Problem("train.global_batch", batch, rule, "raise it, or plan for fewer ranks"))
+    _ = Spread(config, Model((), (), 0), world_size).degrees
+
+
+def figures_of(job: Job) -> dict[str, Any]:
+    """All figures of a job, plain."""
+    return {
+        "ranks": {"nodes": -(-job.world_size // job.ranks_of_node), "of_node": job.ranks_of_node}
+        | job.spread.degrees._asdict(),
+        "engine": job.spread.engine,
+        "share": asdict(job.share),
+        "hardware": asdict(job.hardware),
+        "memory": {name: asdict(other.memory) for name, other in by_recompute(job).items()},
+        "fits": job.memory.total <= job.limit,
+        "largest_micro_batch": job.largest_micro_batch,
+        "collectives": [each._asdict() for each in job.collectives],
+        "seconds": asdict(job.time) | {"total": job.time.total},
+        "bottleneck": job.time.bottleneck,
+        "clips_per_second": job.clips_per_second,
+        "read_per_node": job.read_per_node,
+        "is_extrapolation": job.is_extrapolation,
+    }
+
+
+def by_recompute(job: Job) -> dict[str, Job]:
+    """The job with every `parallel.recompute` that changes something."""
+    has_memory = job.config.model.has_memory
+    return {name: job.on(job.world_size, name) for name in get_args(Recompute) if has_memory or name != "chunk"}
+
+
+def sweep_rows(job: Job) -> list[dict[str, Any]]:
+    """Rows of 1, 2, 4 ... ranks up to the job's, with every `parallel.recompute`; one that cannot be says why."""
+    counts = sorted({job.world_size, *(2**n for n in range(job.world_size.bit_length()) if 2**n <= job.world_size)})
+    rows = []
+    for ranks in counts:
+        for recompute in by_recompute(job):
+            row: dict[str, Any] = {"ranks": ranks, "recompute": recompute}
+            try:
+                other = job.on(ranks, recompute)  # type: ignore[arg-type]
+            except ConfigError as error:
+                rows.append({**row, "cannot": error.problems[0].rule})
+                continue
+            rows.append(
+                {
+                    **row,
+                    "memory": other.memory.total,
+                    "fits": other.memory.total <= other.limit,
+                    "largest_micro_batch": other.largest_micro_batch,
+                    "seconds": other.time.total,
+                    "clips_per_second": other.clips_per_second,
+                    "bottleneck": other.time.bottleneck,
+                }
+            )
+    return rows

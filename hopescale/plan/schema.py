@@ -1,0 +1,42 @@
+"""The `cluster` section of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from hopescale.errors import Problem
+
+
+class ClusterConfig(BaseModel):
+    """The machines of a run: planned for by `hopescale plan`, and checked by a run that is started."""
+
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    nodes: PositiveInt | None = None
+    """Machines; null leaves it to the launcher, and plans for one. A run started on another number is refused."""
+    gpus_per_node: PositiveInt | None = None
+    """Ranks of a machine, each with a GPU of its own, or CPU ranks; null leaves it to the launcher, and plans for one.
+    A run started with another number is refused."""
+    hardware: str | None = None
+    """What a rank has, for planning: a name that `hopescale plan hardware=list` prints, or a JSON file of the same
+    figures; null plans for h100, or cpu with parallel.device=cpu."""
+
+    @property
+    def ranks(self) -> int:
+        """Planned for."""
+        return (self.nodes or 1) * (self.gpus_per_node or 1)
+
+    def started_differently(self, world_size: int, ranks_of_node: int) -> Iterator[Problem]:
+        """How a launch differs from what is configured."""
+        fix = "start as many, or leave it out"
+        if self.gpus_per_node is not None and ranks_of_node != self.gpus_per_node:
+            rule = f"{ranks_of_node} ranks were started on this node"
+            yield Problem("cluster.gpus_per_node", self.gpus_per_node, rule, fix)
+        elif self.nodes is not None and world_size != self.nodes * ranks_of_node:
+            found = f"{world_size / ranks_of_node:g} nodes"
+            rule = f"{world_size} ranks were started, {ranks_of_node} on this node, which is {found}"
+            yield Problem("cluster.nodes", self.nodes, rule, fix)
