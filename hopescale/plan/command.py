@@ -31,11 +31,10 @@ def plan_command(overrides: Sequence[str], *, sweep: bool, plot: Path | None) ->
         MissingExtra: matplotlib is needed for the plot, and not installed.
     """
     config = load_config([f"cluster.{text}" if text.partition("=")[0] in SHORT else text for text in overrides])
-    if config.model.compat != "none":
-        if sweep or config.cluster.ranks > 1:
-            rule = "computes as the earlier predictor did, whose memory and time are not known here"
-            fix = "plan for one rank, or set model.compat=none"
-            raise ConfigError(Problem("model.compat", config.model.compat, rule, fix))
+    if plot is not None and not plot.absolute().parent.is_dir():
+        rule = f"the folder {plot.absolute().parent} does not exist"
+        raise ConfigError(Problem("--plot", plot, rule, "make it, or name a file in another one"))
+    if config.model.compat != "none" and not sweep and config.cluster.ranks == 1:
         figures = plan_model(config)
         return figures, describe_plan(figures)
     job = job_of(config)

@@ -99,6 +99,17 @@ def hardware_of(given: str | None, device: str) -> Hardware:
     return _checked(name, figures)
 
 
+RANGES = {
+    "efficiency": (1e-9, 1.0, False),
+    "overlap": (0.0, 1.0, False),
+    "link_latency": (0.0, 1e3, False),
+    "network_latency": (0.0, 1e3, False),
+    "devices": (1, 1e6, True),
+    "fitted_ranks": (1, 1e6, True),
+}
+"""Least, most, and whether whole, of figures that are not just positive."""
+
+
 def _checked(path: str, figures: object) -> Hardware:
     wanted = {field.name for field in fields(Hardware)}
     optional = {"devices", "fitted_ranks"}
@@ -108,10 +119,12 @@ def _checked(path: str, figures: object) -> Hardware:
         rule = f"must be an object of {', '.join(sorted(wanted))}; missing or unknown: {', '.join(odd)}"
         raise ConfigError(Problem("cluster.hardware", path, rule, "write the file anew with tests/benchmarks/plan.py"))
     for name, value in figures.items():
-        least = 0.0 if name in ("overlap", "link_latency", "network_latency") else 1e-9
-        empty = name in optional and value is None
-        if name != "name" and not empty and not (isinstance(value, int | float) and least <= value < 1e30):
-            rule = f"{name}={value!r} must be a number of at least {least:g}"
+        low, high, whole = RANGES.get(name, (1e-9, 1e40, False))
+        number = isinstance(value, int) if whole else isinstance(value, int | float)
+        fine = isinstance(value, str) if name == "name" else number and type(value) is not bool and low <= value <= high
+        if not (fine or (name in optional and value is None)):
+            wanted_text = "text" if name == "name" else f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
+            rule = f"{name}={value!r} must be {wanted_text}"
             raise ConfigError(Problem("cluster.hardware", path, rule, "correct it"))
     return Hardware(**figures)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args
 
+from hopescale.config.checks import cross_section_problems
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.model.flops import Recompute
@@ -66,8 +67,8 @@ class Job:
 
     @cached_property
     def largest_micro_batch(self) -> int:
-        """Most clips at once that fit."""
-        return largest_micro_batch(self.spread, self.schedule, self.frames, self.limit)
+        """Most of a rank's clips at once that fit."""
+        return largest_micro_batch(self.spread, self.schedule, self.frames, self.limit, self.share.clips)
 
     @cached_property
     def collectives(self) -> list[Collective]:
@@ -119,6 +120,9 @@ def job_of(config: Config) -> Job:
     Raises:
         ConfigError: it cannot be spread over so many ranks; of `model.compat`, whose arithmetic is another.
     """
+    if config.model.compat != "none":
+        rule = "computes as the earlier predictor did, whose memory and time are not known here"
+        raise ConfigError(Problem("model.compat", config.model.compat, rule, "plan for one rank, or set it to none"))
     ranks = config.cluster.ranks
     check_ranks(config, ranks)
     hardware = hardware_of(config.cluster.hardware, config.parallel.device)
@@ -135,6 +139,9 @@ def check_ranks(config: Config, world_size: int) -> None:
     if batch < world_size:
         rule = f"must be at least one clip for each of {world_size} ranks"
         raise ConfigError(Problem("train.global_batch", batch, rule, "raise it, or plan for fewer ranks"))
+    if config.model.shares_memory_over_batch and world_size > 1:
+        rule = f"lets the clips of a batch share memories, so that it cannot be spread over {world_size} ranks"
+        raise ConfigError(Problem("model.memory.scope", config.model.memory.scope, rule, "plan for one rank"))
     _ = Spread(config, Model((), (), 0), world_size).degrees
 
 
@@ -160,8 +167,17 @@ def figures_of(job: Job) -> dict[str, Any]:
 
 def by_recompute(job: Job) -> dict[str, Job]:
     """The job with every `parallel.recompute` that changes something."""
-    has_memory = job.config.model.has_memory
-    return {name: job.on(job.world_size, name) for name in get_args(Recompute) if has_memory or name != "chunk"}
+    return {name: job.on(job.world_size, name) for name in recompute_modes(job.config)}
+
+
+def recompute_modes(config: Config) -> list[Recompute]:
+    """Those that a run accepts and that change something."""
+    modes: list[Recompute] = []
+    for name in get_args(Recompute):
+        parallel = config.parallel.model_copy(update={"recompute": name})
+        if not any(cross_section_problems(config.model_copy(update={"parallel": parallel}))):
+            modes.append(name)
+    return modes
 
 
 def sweep_rows(job: Job) -> list[dict[str, Any]]:
@@ -169,10 +185,11 @@ def sweep_rows(job: Job) -> list[dict[str, Any]]:
     counts = sorted({job.world_size, *(2**n for n in range(job.world_size.bit_length()) if 2**n <= job.world_size)})
     rows = []
     for ranks in counts:
-        for recompute in by_recompute(job):
+        for recompute in recompute_modes(job.config):
             row: dict[str, Any] = {"ranks": ranks, "recompute": recompute}
             try:
-                other = job.on(ranks, recompute)  # type: ignore[arg-type]
+                other = job.on(ranks, recompute)
+                _ = other.schedule
             except ConfigError as error:
                 rows.append({**row, "cannot": error.problems[0].rule})
                 continue

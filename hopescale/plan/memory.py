@@ -88,25 +88,29 @@ def memory_of(spread: Spread, schedule: Schedule | None, share: Share, frames: i
     )
 
 
-def largest_micro_batch(spread: Spread, schedule: Schedule | None, frames: int, limit: float) -> int:
-    """Most clips at once whose step fits into `limit` bytes; 0 if not even one does."""
+def largest_micro_batch(spread: Spread, schedule: Schedule | None, frames: int, limit: float, clips: int) -> int:
+    """Most clips at once with which a step fits into `limit` bytes; 0 if not even one does.
 
-    def total(clips: int) -> int:
-        return memory_of(spread, schedule, Share(clips, 1, clips), frames).total
+    Args:
+        spread: the model over ranks.
+        schedule: of M3's matrices; None without any.
+        frames: stored frames of a clip.
+        limit: bytes that a step may take.
+        clips: of a rank. With fewer at once the others wait, and gradients with them; more are a larger batch.
+    """
 
-    one = total(1)
-    each = total(2) - one
-    # An update that outweighs a small batch hides what a clip costs.
-    most = 1
-    while total(most) <= limit and most < 2**20:
-        most *= 2
-    if most == 1:
-        return 0
-    low, high = most // 2, most
+    def fits(micro_batch: int) -> bool:
+        share = Share(max(clips, micro_batch), -(-clips // micro_batch), micro_batch)
+        return memory_of(spread, schedule, share, frames).total <= limit
+
+    # A rank's clips at once need no gradients that wait, so that they may fit where a little less does not.
+    low, high = (clips, 2 * clips) if fits(clips) else (0, clips)
+    while low == high // 2 and high < 2**24 and fits(high):
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if total(middle) <= limit else (low, middle)
-    return low if each > 0 else most
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _parameters(spread: Spread) -> int:
@@ -256,6 +260,7 @@ def _bucket(schedule: Schedule, bucket: Bucket) -> _Bucket:
     packed, whole, wire = [max(sent.packed) for sent in exchanges], NUMBER_BYTES * matrices, schedule.wire_bytes
     if bucket.plan == "gram":
         received = max(packed, default=0)
+        packed = packed or [0]
         return _Bucket(packed[0] + received, NUMBER_BYTES * (pieces + products), received + packed[-1])
     sent = packed[0] + 2 * matrices * wire if bucket.plan in PIECES_TRAVEL and exchanges else 0
     returned = whole + packed[-1] + pieces * wire if bucket.plan in UPDATES_TRAVEL and exchanges else whole

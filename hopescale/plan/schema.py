@@ -22,7 +22,7 @@ class ClusterConfig(BaseModel):
     """Ranks of a machine, each with a GPU of its own, or CPU ranks; null leaves it to the launcher, and plans for one.
     A run started with another number is refused."""
     hardware: str | None = None
-    """What a rank has, for planning: a name that `hopescale plan hardware=list` prints, or a JSON file of the same
+    """What a rank has, for planning: a100, h100, h200, b200, l40s, cpu, or a JSON file of the same
     figures; null plans for h100, or cpu with parallel.device=cpu."""
 
     @property

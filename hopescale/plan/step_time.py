@@ -112,7 +112,8 @@ def collective_seconds(each: Collective, hardware: Hardware, ranks_of_node: int)
     Inside a node all bytes take the fast links. What a node takes in from others of a gather or a reduction its ranks
     share, each through an adapter of its own; in an all-to-all every rank has its own.
     """
-    inside = min(each.ranks, max(1, ranks_of_node // each.stride))
+    # Of groups that do not fill nodes evenly some begin in one and end in another.
+    inside = max(1, math.gcd(ranks_of_node, each.ranks * each.stride) // each.stride)
     seconds, latency = each.sent_bytes / hardware.link_bandwidth if inside > 1 else 0.0, hardware.link_latency
     if each.ranks > inside:
         across = each.sent_bytes * (each.ranks - inside) / (each.ranks - 1)

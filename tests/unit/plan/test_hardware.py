@@ -137,11 +137,15 @@ def test_a_file_without_an_object_is_refused(tmp_path: Path, figures: object) ->
         ("flops_bf16", float("nan")),
         ("devices", 0),
         ("fitted_ranks", -2),
+        ("fitted_ranks", 2.5),
+        ("efficiency", 7),
+        ("memory_bytes", True),
+        ("name", 5),
     ],
 )
 def test_a_figure_out_of_range_is_named_with_its_value(tmp_path: Path, name: str, value: object) -> None:
     problem = problem_of(written(tmp_path / "wrong.json", asdict(PRESETS["cpu"]) | {name: value}))
-    assert problem.rule.startswith(f"{name}={value!r} must be a number of at least")
+    assert problem.rule.startswith(f"{name}={value!r} must be ")
     assert problem.fix
 
 
@@ -221,3 +225,9 @@ def test_a_figure_of_which_more_was_faster_takes_no_time() -> None:
     found = fit(PRESETS["cpu"], steps, 2)
     assert found.link_bandwidth > NO_TIME
     assert found.rate("fp32") == pytest.approx(1.1e12, rel=0.05)
+
+
+def test_what_is_fitted_can_be_read_again_also_where_products_took_no_time(tmp_path: Path) -> None:
+    steps = [(Work(1e9 * a, 1e9 * b, 0, 0), b * 0.1) for a, b in ((1, 2), (2, 1), (3, 5))]
+    fitted = fit(PRESETS["cpu"], steps, 2)
+    assert hardware_of(written(tmp_path / "fitted.json", asdict(fitted)), "auto") == fitted

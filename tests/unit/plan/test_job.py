@@ -18,9 +18,11 @@ from hopescale.errors import ConfigError, Problem
 from hopescale.parallel.schema import ParallelConfig
 from hopescale.plan.hardware import PRESETS
 from hopescale.plan.job import Job, by_recompute, figures_of, job_of, sweep_rows
+from hopescale.plan.memory import memory_of
 from hopescale.plan.schema import ClusterConfig
 from hopescale.plan.spread import Model, model_of
 from hopescale.plan.text import describe_job, gib, seconds, sweep_table
+from hopescale.plan.traffic import Share
 
 SMALL = ("experiment=demo", "model.width=48", "model.block_pattern=[S,H]")
 MACHINES = ("nodes=2", "gpus_per_node=2", "hardware=cpu")
@@ -159,7 +161,48 @@ def test_no_micro_batch_fits_into_next_to_nothing() -> None:
 
 def test_one_clip_may_be_all_that_fits() -> None:
     one, two = (job(batch=clips).memory.total for clips in (1, 2))
-    assert with_memory(job(), (one + two) / 2 / 0.9).largest_micro_batch == 1
+    assert with_memory(job(batch=1), (one + two) / 2 / 0.9).largest_micro_batch == 1
+
+
+def test_clips_and_gradients_that_wait_are_counted_below_a_whole_batch() -> None:
+    whole = job(batch=64).memory.total
+    most = with_memory(job(batch=64), 0.5 * whole).largest_micro_batch
+    assert 1 <= most < 64
+    exact, above = (
+        memory_of(job().spread, job().schedule, Share(64, -(-64 // clips), clips), 8).total
+        for clips in (most, most + 1)
+    )
+    assert exact <= 0.9 * 0.5 * whole < above
+
+
+def test_the_gram_plan_needs_no_other_rank() -> None:
+    text = CliRunner().invoke(app, ["plan", "experiment=demo", "optimizer.plan=gram"]).stdout
+    assert "1 ranks cannot" not in text
+    assert "Newton-Schulz of" in text
+
+
+def test_a_plan_that_some_ranks_cannot_take_is_a_row_that_says_so() -> None:
+    settings = [*SMALL, "model.encoder_dim=63", "optimizer.plan=gram", "parallel.device=cpu"]
+    rows = sweep_rows(job_of(load_config([*settings, "cluster.gpus_per_node=3"])))
+    said = {row["ranks"]: row.get("cannot") for row in rows}
+    assert said[1] is said[3] is None
+    assert "cut the longer side alone" in str(said[2])
+
+
+def test_a_recompute_mode_that_a_run_refuses_is_not_planned() -> None:
+    assert set(by_recompute(job_of(load_config([*SMALL, "model.memory.chunk_rule=scan"])))) == {"none", "block"}
+
+
+def test_shared_memories_are_planned_on_one_rank_alone() -> None:
+    with pytest.raises(ConfigError) as caught:
+        job_of(load_config([*SMALL, "model.memory.scope=batch", "cluster.gpus_per_node=2"]))
+    assert caught.value.problems[0].field == "model.memory.scope"
+
+
+def test_a_plot_into_a_folder_that_is_not_there_is_refused_before_planning(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", *SMALL, "--plot", str(tmp_path / "no" / "x.png")])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.problems[0].field == "--plot"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hopescale.config.schema import Config
 from hopescale.model.flops import flops_executed
 from hopescale.optim.planner import Schedule
 from hopescale.parallel.schema import ParallelConfig
-from hopescale.plan.hardware import Hardware
+from hopescale.plan.hardware import PRESETS, Hardware
 from hopescale.plan.optimizer import schedule_of
 from hopescale.plan.spread import Model, Parameter, Spread, model_of
 from hopescale.plan.step_time import StepTime, collective_seconds, rounds, step_time, work_of
@@ -226,3 +226,11 @@ def test_messages_count_every_round_of_every_collective() -> None:
     found = [sending(100, 2, count=3), sending(50, 5, count=2)]
     work = work_of(over(2), None, found, SHARE, FRAMES, MACHINE, 2)
     assert (work.sent, work.messages) == (150, 3 + 6)
+
+
+@pytest.mark.parametrize(("ranks_of_node", "crosses"), [(8, False), (6, True), (4, False)])
+def test_groups_that_begin_inside_a_node_and_end_in_another_take_the_network(ranks_of_node: int, crosses: bool) -> None:
+    each = Collective("parameters", "all_gather", 4, 1, 1, 10**9, 3 * 10**9)
+    hardware = PRESETS["h100"]
+    inside = 3e9 / hardware.link_bandwidth
+    assert (collective_seconds(each, hardware, ranks_of_node) > 2 * inside) is crosses
