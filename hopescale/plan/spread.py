@@ -158,6 +158,11 @@ class Spread:
         ranges = [(n, self.zero_ranges[p.name]) for n, p in zip(counts, parameters, strict=True)]
         return max(sum(n * (r[rank][1] - r[rank][0]) for n, r in ranges) for rank in range(self.world_size))
 
+    @property
+    def padding(self) -> float:
+        """Times an even share that the rank with most holds of the parameters, with what fills them up."""
+        return self.held(self.model.parameters) * self.degrees.shard / self.model.numel
+
     def is_kept_whole(self, parameter: Parameter) -> bool:
         """Whether ZeRO 3 leaves a parameter on every rank."""
         limit = self.config.parallel.zero_optimization.get("stage3_param_persistence_threshold", KEPT_WHOLE)

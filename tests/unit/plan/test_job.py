@@ -405,3 +405,10 @@ def test_the_earlier_predictor_has_figures_of_a_model_without_a_job() -> None:
 )
 def test_a_job_that_cannot_be_is_an_error_of_its_setting(arguments: tuple[str, ...], field: str) -> None:
     assert printed_error(*SMALL, *arguments).field == field
+
+
+def test_many_shards_that_divide_nothing_are_pointed_out_with_a_number_that_does() -> None:
+    text = describe_job(job(4, 8, batch=32))
+    assert "1.7 times an even share: 32 shards do not divide most parameters" in text
+    assert "parallel=fsdp parallel.shard=8 would" in text
+    assert "times an even share" not in describe_job(job(1, 8, batch=32))
