@@ -77,7 +77,7 @@ def test_a_hundred_killed_readers_hand_out_every_clip_once(dataset: Path) -> Non
     reader = ClipReader(DataConfig(path=str(dataset)), split="train", seed=3)
     expected = [reader.keys[row] for row in global_order(reader, BATCH).at(0, STEPS * BATCH).rows]
     state, found, kills, ends = None, [], 0, 0
-    for _ in range(TRIALS):
+    for trial in range(TRIALS):
         read, write = os.pipe()
         own = random.Random(chance.getrandbits(32))
         child = os.fork()
@@ -85,7 +85,8 @@ def test_a_hundred_killed_readers_hand_out_every_clip_once(dataset: Path) -> Non
             os.close(read)
             _read_on(dataset, state, own, write)
         os.close(write)
-        told = _killed_after(chance.random() * 0.06, read, child)
+        # On a busy machine no reader would come to its end in so short a time: every tenth is let go on.
+        told = _killed_after(chance.random() * 0.06 if trial % 10 else 60, read, child)
         os.close(read)
         status = os.waitpid(child, 0)[1]
         kills += os.WIFSIGNALED(status)
