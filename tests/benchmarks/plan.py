@@ -1,0 +1,94 @@
+"""How well `hopescale plan` foresees the seconds of a step from steps on fewer ranks.
+
+`python tests/benchmarks/plan.py [--rounds 5] [--hardware FILE] [--json FILE]` measures steps of several engines, models
+and batches on 1, 2 and 4 gloo ranks of one thread each, fits rates of products, memory and the link to those of 1 and 2
+ranks, and prints what they foresee of those of 4; with `--hardware` also a file for `hopescale plan hardware=FILE`,
+with `--json` a list of {name, ratio, target, met}. Nothing asserts these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from hopescale.config.compose import load_config
+from hopescale.plan.hardware import PRESETS, Hardware, Work, fit
+from hopescale.plan.job import Job, job_of
+from hopescale.plan.step_time import work_of
+from tests.benchmarks.plan_ranks import CELLS, settings_of
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).with_name("plan_ranks.py")
+RANKS = (1, 2, 4)
+WITHIN = 0.15
+
+
+def jobs(ranks: int, hardware: Hardware) -> dict[str, Job]:
+    """What is measured, by settings."""
+    return {
+        cell: replace(job_of(load_config(settings_of(cell, ranks))), hardware=hardware)
+        for cell in CELLS
+        if ranks > 2 or "hsdp" not in cell
+    }
+
+
+def measure(ranks: int, rounds: int) -> dict[str, float]:
+    """Seconds of a step, by settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "seen.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+        environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, str(PROGRAM), str(out), str(rounds)], cwd=REPO_ROOT, env=environment, check=True)
+        return json.loads(out.read_text())
+
+
+def work(job: Job) -> Work:
+    """What a step of a job asks of its busiest rank."""
+    return work_of(job.spread, job.schedule, job.collectives, job.share, job.frames, job.hardware, job.ranks_of_node)
+
+
+def main() -> None:
+    """Measure, fit, foresee and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hardware", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    base = replace(PRESETS["cpu"], devices=cores)
+    seconds = {ranks: measure(ranks, arguments.rounds) for ranks in RANKS}
+    known = [(work(job), seconds[ranks][cell]) for ranks in RANKS[:-1] for cell, job in jobs(ranks, base).items()]
+    fitted = fit(base, known, RANKS[-2])
+    print(
+        f"fitted: {fitted.flops_fp32 / 1e9:.3g} GFLOP/s, {fitted.memory_bandwidth / 1e9:.3g} GB/s of memory, "
+        f"{fitted.link_bandwidth / 1e9:.3g} GB/s and {fitted.link_latency * 1e6:.3g} us a collective, {cores} cores"
+    )
+    print(f"{'step':<58}{'measured':>11}{'foreseen':>11}{'ratio':>8}")
+    table: list[dict[str, Any]] = []
+    for ranks in RANKS:
+        for cell, job in jobs(ranks, fitted).items():
+            seen, foreseen = seconds[ranks][cell], job.time.total
+            ratio, is_new = foreseen / seen, ranks == RANKS[-1]
+            met = abs(ratio - 1) <= WITHIN if is_new else None
+            table.append({"name": f"{cell}, {ranks} ranks", "ratio": ratio, "target": WITHIN, "met": met})
+            print(f"{table[-1]['name']:<58}{seen:>9.3f} s{foreseen:>9.3f} s{ratio:>8.2f}  {'' if met is None else met}")
+    new = [row["ratio"] for row in table if row["met"] is not None]
+    print(
+        f"{RANKS[-1]} ranks, foreseen / measured: median {statistics.median(new):.2f}, {min(new):.2f} to {max(new):.2f}"
+    )
+    if arguments.hardware is not None:
+        arguments.hardware.write_text(json.dumps(asdict(fitted), indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
