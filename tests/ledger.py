@@ -70,12 +70,18 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional"):
             self._record(func, args)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
+        made = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        # The storage of a sharded tensor itself has the size of the whole, and no memory.
+        for leaf in (piece for tensor in made for piece in plain(tensor)):
+            if not leaf.is_meta:
                 number = self._note(leaf.untyped_storage())
                 if self._category[number] == "activations" and _without_ones(leaf.shape) in self._trained:
                     self._category[number] = "gradients" if in_backward() else "activations"
         return result
+
+    def alive(self) -> int:
+        """Bytes that something still holds."""
+        return sum(self._size.values())
 
     def peaks(self, *categories: str) -> dict[str, int]:
         """Most bytes at a time, of each category and of all together; or of some alone."""

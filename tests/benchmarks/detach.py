@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from hopescale.model.predictor import HopePredictor
 from hopescale.model.schema import MEMORIES
 from hopescale.model.titan import TitanMemory
-from tests.allocations import Allocations
 from tests.benchmarks.model import PHASE_5, build, clips
+from tests.ledger import Ledger
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("0 (never)", {}),
@@ -46,9 +46,9 @@ def main() -> None:
     print("|---|---:|---:|---:|")
     for name, memory in CASES:
         model = build(PHASE_5, block_pattern="H", grid=(8, 8), memory=memory)
-        with Allocations(watch_peak=True) as seen:
+        with Ledger() as seen:
             whole = gradients(model, None)
-        peak = seen.peak
+        peak = seen.peaks()["total"]
         if reference is None:
             reference, bytes_before = whole, peak
         pairs = zip(whole.flatten(1), reference.flatten(1), strict=True)

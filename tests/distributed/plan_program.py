@@ -25,6 +25,7 @@ from hopescale.config.schema import Config
 from hopescale.parallel.engine import Engine
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.plan.job import job_of
+from hopescale.plan.spread import NUMBER_BYTES
 from hopescale.plan.traffic import Share, by_kind
 from hopescale.train import build
 from hopescale.train_step import train_step
@@ -117,7 +118,8 @@ def look(cell: str, device: torch.device, world_size: int) -> dict[str, Any]:
     job = job_of(config)
     gc.collect()
     earlier = {tensor.untyped_storage()._cdata for tensor in all_tensors()}
-    engine = build(config, device, world_size)
+    with Ledger() as building:
+        engine = build(config, device, world_size)
     for step in range(2):
         train_step(engine, batch_of(config, job.share, step, world_size), config, attempt=step, step=step)
     batch = batch_of(config, job.share, 2, world_size)
@@ -131,6 +133,8 @@ def look(cell: str, device: torch.device, world_size: int) -> dict[str, Any]:
     sent = {KINDS[name]: sum(sizes) for name, sizes in ledger.collectives.items()}
     return {
         "engine": job.spread.engine,
+        "to_build": building.peaks()["total"],
+        "largest_parameter": NUMBER_BYTES * max(p.numel for p in job.model.parameters),
         "foreseen": job.memory.by_category,
         "seen": most_of_all_ranks({name: ledger.peaks().get(name, 0) for name in job.memory.by_category}),
         "collectives_foreseen": by_kind(job.collectives),

@@ -37,6 +37,10 @@ def check(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: f
             late = 0.01 * found["seen"]["total"] if category == "buffers" else 0
             assert found["foreseen"][category] == pytest.approx(size, rel=0.1, abs=late), (cell, category)
         exact = not found["engine"].startswith("zero")
+        if exact:
+            # Pieces and their state, and one whole parameter as it is drawn and cut.
+            held = found["foreseen"]["parameters"] + found["foreseen"]["optimizer"]
+            assert found["to_build"] < 1.05 * held + 4 * found["largest_parameter"], cell
         foreseen, seen = found["collectives_foreseen"], found["collectives_seen"]
         # ZeRO 3 has its ranks check each other by some numbers.
         checks = seen.pop("broadcast")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hopescale.model.schema import MEMORIES
 from hopescale.model.titan import MAIN, FastWeights, TitanMemory
-from tests.allocations import Allocations
+from tests.ledger import Ledger
 from tests.unit.model.titan_cases import gradients, memory, normal
 
 RULES = ["frame_step", "token_exact", "scan"]
@@ -194,9 +194,9 @@ def test_a_longer_clip_holds_no_more_memories_at_once() -> None:
 
     def most_held(frames: int) -> int:
         x = normal(1, frames, 2, 16)
-        with Allocations(watch_peak=True) as allocations:
+        with Ledger() as ledger:
             titan(x)
-        return allocations.peak
+        return ledger.peaks()["total"]
 
     of_one_clip = 2 * titan.w1.numel() * titan.w1.element_size()
     assert most_held(12) < most_held(4) + of_one_clip

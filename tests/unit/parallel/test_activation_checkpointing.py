@@ -11,7 +11,7 @@ from hopescale.model.init import initialise
 from hopescale.model.predictor import HopePredictor
 from hopescale.model.schema import ModelConfig
 from hopescale.parallel.activation_checkpointing import recompute_blocks
-from tests.allocations import Allocations
+from tests.ledger import Ledger
 
 SMALL: dict[str, Any] = {
     "encoder_dim": 10,
@@ -94,10 +94,10 @@ def test_recomputing_in_bf16_gives_the_same_gradients_bit_for_bit() -> None:
 def kept_bytes(recompute: str) -> int:
     """Of all tensors a teacher pass leaves alive for backward."""
     model, given = predictor(recompute, {}), (normal(2, 4, 6, 10, seed=1), normal(2, 4, 3, seed=2))
-    with Allocations() as allocations:
+    with Ledger() as ledger:
         result = model(*given).frames.sum()
     assert result.requires_grad
-    return allocations.alive()
+    return ledger.alive()
 
 
 def test_chunks_keep_less_than_everything_and_blocks_less_than_chunks() -> None:
