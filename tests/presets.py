@@ -1,4 +1,4 @@
-"""Presets of `configs/` and the number of parameters each must have."""
+"""Presets of `configs/` and the number of parameters each must have, and models small enough to be trained here."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ PARAMETERS = {
     "hope_1b": 1_180_534_528,
     "hope_2b": 2_103_882_304,
 }
+
+PHASE_5_OF_5M = ["model=phase5", "model.width=128", "model.encoder_dim=256", "model.grid=[6,6]"]
+"""Phase 5 with narrower tokens and fewer of them: 4.8 M parameters."""
+TRAINED_HERE = {"demo": ["experiment=demo"], "phase5": PHASE_5_OF_5M}
+"""Settings by short name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,25 @@ class FlatPiece(Tensor):
                 first = box.first - start
                 return self.piece[first : first + math.prod(box.sizes)].view(box.sizes)
         raise ValueError(f"{index} is none of this rank's boxes of {self.spec.own}")
+
+
+class Cut(NamedTuple):
+    """A parameter's numbers in the flat buffers of ranks."""
+
+    ranges: tuple[tuple[int, int], ...]
+    """Rank -> numbers (start, stop) of the parameter that it holds; equal where it holds none."""
+    offsets: tuple[int, ...]
+    """Rank -> where they begin in its buffer."""
+
+
+def cut(first: int, numel: int, part: int, ranks: int) -> Cut:
+    """Numbers `first` to `first + numel` of a row of which rank r holds those from r part to (r + 1) part."""
+    bounds = [(rank * part - first, (rank + 1) * part - first) for rank in range(ranks)]
+    ranges = tuple((min(max(low, 0), numel), min(max(high, 0), numel)) for low, high in bounds)
+    return Cut(
+        ranges,
+        tuple(max(-low, 0) if stop > start else 0 for (low, _), (start, stop) in zip(bounds, ranges, strict=True)),
+    )
 
 
 def check_cover(name: str, shape: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:

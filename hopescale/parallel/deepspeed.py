@@ -24,7 +24,7 @@ from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, missing_extra
 from hopescale.model.build import Predictor
 from hopescale.model.passes import passes
-from hopescale.optim.flat_piece import FlatPiece, FlatRanges, check_cover
+from hopescale.optim.flat_piece import FlatPiece, FlatRanges, check_cover, cut
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 
@@ -311,22 +311,16 @@ def _layout(zero: Any, stage: int, rank: int, world_size: int) -> Iterator[Place
         offset = 0
         for parameter in zero.fp16_groups[0]:
             # Each parameter is padded to equal parts.
-            part, numel = parameter.ds_tensor.ds_numel, parameter.ds_numel
-            yield (
-                parameter,
-                tuple((min(r * part, numel), min((r + 1) * part, numel)) for r in range(world_size)),
-                offset,
-            )
+            part = parameter.ds_tensor.ds_numel
+            yield parameter, cut(0, parameter.ds_numel, part, world_size).ranges, offset
             offset += part
         return
     # All parameters one after the other, cut into equal parts.
     part, first = int(zero.partition_size[0]), 0
     for parameter in zero.round_robin_bit16_groups[0]:
-        numel = parameter.numel()
-        bounds = [(r * part - first, (r + 1) * part - first) for r in range(world_size)]
-        ranges = tuple((min(max(low, 0), numel), min(max(high, 0), numel)) for low, high in bounds)
-        yield parameter, ranges, max(first - rank * part, 0) if ranges[rank][1] > ranges[rank][0] else 0
-        first += numel
+        placed = cut(first, parameter.numel(), part, world_size)
+        yield parameter, placed.ranges, placed.offsets[rank]
+        first += parameter.numel()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from hopescale.errors import ConfigError, Problem
 from .job import Job, figures_of, job_of, sweep_rows
 from .model import describe_plan, plan_model
 from .optimizer import plan_optimizer
+from .spread import Spread, model_of
 from .text import describe_job, sweep_table
 
 SHORT = ("nodes", "gpus_per_node", "hardware")
@@ -35,8 +36,9 @@ def plan_command(overrides: Sequence[str], *, sweep: bool, plot: Path | None) ->
         rule = f"the folder {plot.absolute().parent} does not exist"
         raise ConfigError(Problem("--plot", plot, rule, "make it, or name a file in another one"))
     if config.model.compat != "none" and not sweep and config.cluster.ranks == 1:
-        figures = plan_model(config)
-        return figures, describe_plan(figures)
+        newton_schulz, table = plan_optimizer(Spread(config, model_of(config), 1))
+        figures = {**plan_model(config), "newton_schulz": newton_schulz}
+        return figures, f"{describe_plan(figures)}\n\n{table}"
     job = job_of(config)
     if sweep:
         return _swept(job, config.run.name, plot)

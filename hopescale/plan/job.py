@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.model.flops import Recompute
 from hopescale.optim.planner import Schedule
+from hopescale.parallel.mesh import degrees_of
 
 from .hardware import Hardware, hardware_of
 from .memory import RESERVE, Memory, largest_micro_batch, memory_of
@@ -34,16 +35,13 @@ class Job:
     world_size: int
     ranks_of_node: int
     hardware: Hardware
+    schedule: Schedule | None
+    """Of M3's matrices."""
 
     @cached_property
     def spread(self) -> Spread:
         """The model over the ranks."""
         return Spread(self.config, self.model, self.world_size)
-
-    @cached_property
-    def schedule(self) -> Schedule | None:
-        """Of M3's matrices."""
-        return schedule_of(self.spread)
 
     @cached_property
     def share(self) -> Share:
@@ -100,18 +98,23 @@ class Job:
         fitted = self.hardware.fitted_ranks
         return fitted is None or self.world_size > EXTRAPOLATED_FROM * fitted
 
-    def on(self, world_size: int, recompute: Recompute | None = None) -> Job:
-        """The same with another number of ranks, filling node after node, or another `parallel.recompute`.
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return -(-self.world_size // self.ranks_of_node)
+
+    def on(self, world_size: int) -> Job:
+        """The same with another number of ranks, filling node after node.
 
         Raises:
             ConfigError: the configuration cannot be spread over so many.
         """
-        config = self.config
-        if recompute is not None:
-            parallel = config.parallel.model_copy(update={"recompute": recompute})
-            config = config.model_copy(update={"parallel": parallel})
-        check_ranks(config, world_size)
-        return Job(config, self.model, world_size, min(self.ranks_of_node, world_size), self.hardware)
+        return planned(self.config, self.model, world_size, min(self.ranks_of_node, world_size), self.hardware)
+
+    def recomputing(self, recompute: Recompute) -> Job:
+        """The same with another `parallel.recompute`, which changes nothing about who orthogonalises what."""
+        parallel = self.config.parallel.model_copy(update={"recompute": recompute})
+        return replace(self, config=self.config.model_copy(update={"parallel": parallel}))
 
 
 def job_of(config: Config) -> Job:
@@ -123,10 +126,19 @@ def job_of(config: Config) -> Job:
     if config.model.compat != "none":
         rule = "computes as the earlier predictor did, whose memory and time are not known here"
         raise ConfigError(Problem("model.compat", config.model.compat, rule, "plan for one rank, or set it to none"))
-    ranks = config.cluster.ranks
-    check_ranks(config, ranks)
-    hardware = hardware_of(config.cluster.hardware, config.parallel.device)
-    return Job(config, model_of(config), ranks, config.cluster.gpus_per_node or 1, hardware)
+    cluster, hardware = config.cluster, hardware_of(config.cluster.hardware, config.parallel.device)
+    return planned(config, model_of(config), cluster.ranks, cluster.gpus_per_node or 1, hardware)
+
+
+def planned(config: Config, model: Model, world_size: int, ranks_of_node: int, hardware: Hardware) -> Job:
+    """A job of a model that has been counted already.
+
+    Raises:
+        ConfigError: the configuration cannot be spread over so many ranks, or forces a plan that they cannot take.
+    """
+    check_ranks(config, world_size)
+    schedule = schedule_of(Spread(config, model, world_size))
+    return Job(config, model, world_size, ranks_of_node, hardware, schedule)
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -142,14 +154,13 @@ def check_ranks(config: Config, world_size: int) -> None:
     if config.model.shares_memory_over_batch and world_size > 1:
         rule = f"lets the clips of a batch share memories, so that it cannot be spread over {world_size} ranks"
         raise ConfigError(Problem("model.memory.scope", config.model.memory.scope, rule, "plan for one rank"))
-    _ = Spread(config, Model((), (), 0), world_size).degrees
+    degrees_of(config.parallel, world_size)
 
 
 def figures_of(job: Job) -> dict[str, Any]:
     """All figures of a job, plain."""
     return {
-        "ranks": {"nodes": -(-job.world_size // job.ranks_of_node), "of_node": job.ranks_of_node}
-        | job.spread.degrees._asdict(),
+        "ranks": {"nodes": job.nodes, "of_node": job.ranks_of_node} | job.spread.degrees._asdict(),
         "engine": job.spread.engine,
         "share": asdict(job.share),
         "hardware": asdict(job.hardware),
@@ -167,7 +178,7 @@ def figures_of(job: Job) -> dict[str, Any]:
 
 def by_recompute(job: Job) -> dict[str, Job]:
     """The job with every `parallel.recompute` that changes something."""
-    return {name: job.on(job.world_size, name) for name in recompute_modes(job.config)}
+    return {name: job.recomputing(name) for name in recompute_modes(job.config)}
 
 
 def recompute_modes(config: Config) -> list[Recompute]:
@@ -183,25 +194,26 @@ def recompute_modes(config: Config) -> list[Recompute]:
 def sweep_rows(job: Job) -> list[dict[str, Any]]:
     """Rows of 1, 2, 4 ... ranks up to the job's, with every `parallel.recompute`; one that cannot be says why."""
     counts = sorted({job.world_size, *(2**n for n in range(job.world_size.bit_length()) if 2**n <= job.world_size)})
-    rows = []
+    modes, rows = recompute_modes(job.config), []
     for ranks in counts:
-        for recompute in recompute_modes(job.config):
-            row: dict[str, Any] = {"ranks": ranks, "recompute": recompute}
-            try:
-                other = job.on(ranks, recompute)
-                _ = other.schedule
-            except ConfigError as error:
-                rows.append({**row, "cannot": error.problems[0].rule})
-                continue
-            rows.append(
-                {
-                    **row,
-                    "memory": other.memory.total,
-                    "fits": other.memory.total <= other.limit,
-                    "largest_micro_batch": other.largest_micro_batch,
-                    "seconds": other.time.total,
-                    "clips_per_second": other.clips_per_second,
-                    "bottleneck": other.time.bottleneck,
-                }
-            )
+        try:
+            on_ranks = job.on(ranks)
+        except ConfigError as error:
+            cannot = error.problems[0].rule
+            rows += [{"ranks": ranks, "recompute": recompute, "cannot": cannot} for recompute in modes]
+            continue
+        rows += [_row(on_ranks.recomputing(recompute)) for recompute in modes]
     return rows
+
+
+def _row(job: Job) -> dict[str, Any]:
+    return {
+        "ranks": job.world_size,
+        "recompute": job.config.parallel.recompute,
+        "memory": job.memory.total,
+        "fits": job.memory.total <= job.limit,
+        "largest_micro_batch": job.largest_micro_batch,
+        "seconds": job.time.total,
+        "clips_per_second": job.clips_per_second,
+        "bottleneck": job.time.bottleneck,
+    }

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from hopescale.config.schema import Config
 from hopescale.model.passes import passes
 from hopescale.optim.newton_schulz import takes_gram_form
-from hopescale.optim.planner import Bucket, Schedule, workers
+from hopescale.optim.planner import Bucket, Schedule, Traffic, workers
 from hopescale.optim.plans.whole import PIECES_TRAVEL, UPDATES_TRAVEL
 from hopescale.optim.state import state_tensors
 from hopescale.parallel.deepspeed import bucket_numbers
@@ -104,8 +104,8 @@ def largest_micro_batch(spread: Spread, schedule: Schedule | None, frames: int, 
         return memory_of(spread, schedule, share, frames).total <= limit
 
     # A rank's clips at once need no gradients that wait, so that they may fit where a little less does not.
-    low, high = (clips, 2 * clips) if fits(clips) else (0, clips)
-    while low == high // 2 and high < 2**24 and fits(high):
+    low, high = 0, clips
+    while high < 2**24 and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -146,7 +146,7 @@ def _gradients(spread: Spread, share: Share, frames: int) -> int:
     model = spread.model
     whole = NUMBER_BYTES * model.numel
     pieces = NUMBER_BYTES * spread.held(model.parameters)
-    block = NUMBER_BYTES * max(sum(p.numel for p in block) for block in model.blocks)
+    block = NUMBER_BYTES * max(model.block_numels)
     # ZeRO 2 and 3 move a gradient into a bucket as soon as it is there.
     last = 0 if spread.engine in ("zero2", "zero3") else 1
     arriving = NUMBER_BYTES * max(_arriving(block, last) for block in model.blocks)
@@ -175,7 +175,7 @@ def _arriving(block: Sequence[Parameter], last: int) -> int:
 def _gathered(spread: Spread, share: Share) -> int:
     """Parameters gathered, and what their gradients are packed into."""
     model = spread.model
-    block = NUMBER_BYTES * max(sum(p.numel for p in block) for block in model.blocks)
+    block = NUMBER_BYTES * max(model.block_numels)
     ends = NUMBER_BYTES * sum(p.numel for p in model.ends)
     if spread.engine == "ddp":
         return block + ends + block if spread.world_size > 1 else 0
@@ -186,10 +186,10 @@ def _gathered(spread: Spread, share: Share) -> int:
         again = max(sum(p.numel for p in block if shard_dim(p.shape, shards)) for block in model.blocks)
         # What the micro-batch before gathered last is let go of late.
         ahead += share.micro_batches > 1
-        sizes = [NUMBER_BYTES * sum(p.numel for p in block) for block in model.blocks]
+        sizes = model.block_numels
         travelling = max(sum(sizes[n : n + ahead]) for n in range(len(sizes)))
         whole = max(sizes) if spread.config.parallel.reshard_after_forward else sum(sizes)
-        return travelling + whole + ends + NUMBER_BYTES * again
+        return NUMBER_BYTES * (travelling + whole + again) + ends
     bucket = NUMBER_BYTES * bucket_numbers(spread.config.parallel, model.numel)
     pieces = NUMBER_BYTES * spread.held(model.parameters)
     if spread.engine == "zero3":
@@ -204,7 +204,7 @@ def _gathered(spread: Spread, share: Share) -> int:
 def _gathered_in_backward(spread: Spread, share: Share) -> int:
     """The same while backward is deepest: a block as it travels and as it is used, and the ends."""
     model = spread.model
-    block = NUMBER_BYTES * max(sum(p.numel for p in block) for block in model.blocks)
+    block = NUMBER_BYTES * max(model.block_numels)
     ends = NUMBER_BYTES * sum(p.numel for p in model.ends)
     if spread.engine == "fsdp":
         kept = 1 if spread.config.parallel.reshard_after_forward else model.num_blocks
@@ -227,7 +227,7 @@ def _update(spread: Spread, schedule: Schedule | None) -> int:
     directions = sum(m3)
     if schedule is None or not schedule.buckets:
         return directions + roots
-    works = [_bucket(schedule, bucket) for bucket in schedule.buckets]
+    works = [_bucket(schedule, *each) for each in zip(schedule.buckets, schedule.traffic, strict=True)]
     # Roots are taken while the first exchange is under way; three buckets are under way at a time.
     at_first = works[0].sent + roots
     ahead = [work.sent for work in works[1:]] + [0]
@@ -246,7 +246,7 @@ class _Bucket(NamedTuple):
     """Matrices, what is packed of them, and what is received."""
 
 
-def _bucket(schedule: Schedule, bucket: Bucket) -> _Bucket:
+def _bucket(schedule: Schedule, bucket: Bucket, exchanges: Sequence[Traffic]) -> _Bucket:
     numbers = [Counter[tuple[int, int]]() for _ in range(schedule.team.size)]
     for (position, _), place in zip(bucket.matrices, bucket.places, strict=True):
         layout = schedule.layouts[bucket.members[position]]
@@ -255,12 +255,12 @@ def _bucket(schedule: Schedule, bucket: Bucket) -> _Bucket:
             numbers[rank][short, long] += 1
     matrices = max(sum(n * short * long for (short, long), n in each.items()) for each in numbers)
     products = max((n * _products(short, long) for each in numbers for (short, long), n in each.items()), default=0)
-    exchanges = schedule.traffic[schedule.buckets.index(bucket)]
     pieces = sum(max(map(sum, schedule.layouts[member].sizes)) for member in bucket.members)
-    packed, whole, wire = [max(sent.packed) for sent in exchanges], NUMBER_BYTES * matrices, schedule.wire_bytes
+    # Of one rank alone there are none.
+    packed = [max(sent.packed) for sent in exchanges] or [0]
+    whole, wire = NUMBER_BYTES * matrices, schedule.wire_bytes
     if bucket.plan == "gram":
-        received = max(packed, default=0)
-        packed = packed or [0]
+        received = max(packed)
         return _Bucket(packed[0] + received, NUMBER_BYTES * (pieces + products), received + packed[-1])
     sent = packed[0] + 2 * matrices * wire if bucket.plan in PIECES_TRAVEL and exchanges else 0
     returned = whole + packed[-1] + pieces * wire if bucket.plan in UPDATES_TRAVEL and exchanges else whole

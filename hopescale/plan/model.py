@@ -11,13 +11,11 @@ from hopescale.model.flops import flops_executed, flops_reference
 from hopescale.model.memory_flops import Flops
 from hopescale.model.objective_schema import ObjectiveConfig
 from hopescale.model.passes import Pass, active_frames
-from hopescale.optim.m3 import M3
-from hopescale.optim.momentum import waits_in_host_memory
+from hopescale.optim.state import state_tensors
 
 from .activations import clip_bytes
-from .spread import model_of
+from .spread import NUMBER_BYTES, model_of
 
-GRADIENT_BYTES = 4
 STORED = ("parameters", "gradients", "optimizer_state")
 HOST = "host_state"
 """What optimizer.slow_levels=offloaded leaves in host memory."""
@@ -53,26 +51,20 @@ def plan_model(config: Config) -> dict[str, Any]:
 
 
 def _groups(config: Config) -> list[dict[str, Any]]:
-    """One row an optimizer group; the model and the optimizer's state exist on the meta device alone."""
-    groups = list(model_of(config).groups)
-    optimizer, rows = M3(groups, config.optimizer), []
-    for group in optimizer.param_groups:
+    """One row an optimizer group."""
+    rows = []
+    for group in model_of(config).groups:
         numbers = sum(p.numel() for p in group["params"])
-        kept, on_host = 0, 0
-        for name, tensor in (item for p in group["params"] for item in optimizer.state[p].items()):
-            if group["algorithm"] == "m3" and waits_in_host_memory(name, config.optimizer):
-                on_host += tensor.nbytes
-            elif name != "step":  # AdamW's counts, which stay on the host too: 4 bytes a parameter
-                kept += tensor.nbytes
+        kept, on_host = state_tensors(group, config.optimizer)
         rows.append(
             {
                 "name": group["name"],
                 "algorithm": group["algorithm"],
                 "parameters": numbers,
                 "parameters_bytes": sum(p.nbytes for p in group["params"]),
-                "gradients_bytes": numbers * GRADIENT_BYTES,
-                "optimizer_state_bytes": kept,
-                f"{HOST}_bytes": on_host,
+                "gradients_bytes": numbers * NUMBER_BYTES,
+                "optimizer_state_bytes": kept * numbers * NUMBER_BYTES,
+                f"{HOST}_bytes": on_host * numbers * NUMBER_BYTES,
             }
         )
     return rows

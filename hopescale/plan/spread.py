@@ -12,6 +12,7 @@ import torch
 
 from hopescale.config.schema import Config
 from hopescale.model.build import build_predictor
+from hopescale.optim.flat_piece import cut
 from hopescale.optim.routing import parameter_groups
 from hopescale.optim.shard_map import Layout, Team, flat_ranges, sharded, whole
 from hopescale.parallel.deepspeed import KEPT_WHOLE, ZERO_ALIGNMENT
@@ -53,6 +54,11 @@ class Model:
     def blocks(self) -> list[list[Parameter]]:
         """Parameters of each block."""
         return [[p for p in self.parameters if p.name.startswith(f"blocks.{n}.")] for n in range(self.num_blocks)]
+
+    @cached_property
+    def block_numels(self) -> list[int]:
+        """Numbers of each block."""
+        return [sum(p.numel for p in block) for block in self.blocks]
 
     @cached_property
     def ends(self) -> list[Parameter]:
@@ -122,22 +128,15 @@ class Spread:
     def _zero_1_and_2(self) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
         part, first = self.padded // self.world_size, 0
         for parameter in self.model.parameters:
-            ranges = []
-            for rank in range(self.world_size):
-                low, high = rank * part - first, (rank + 1) * part - first
-                start, stop = min(max(low, 0), parameter.numel), min(max(high, 0), parameter.numel)
-                ranges.append((start, stop, max(first - rank * part, 0) if stop > start else 0))
-            yield parameter.name, ranges
+            placed = cut(first, parameter.numel, part, self.world_size)
+            yield parameter.name, [(*held, at) for held, at in zip(*placed, strict=True)]
             first += parameter.numel
 
     def _zero_3(self) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
         offset = 0
         for parameter in self.model.parameters:
-            part, numel = -(-parameter.numel // self.world_size), parameter.numel
-            yield (
-                parameter.name,
-                [(min(r * part, numel), min((r + 1) * part, numel), offset) for r in range(self.world_size)],
-            )
+            part = -(-parameter.numel // self.world_size)
+            yield parameter.name, [(*held, offset) for held in cut(0, parameter.numel, part, self.world_size).ranges]
             offset += part
 
     @property

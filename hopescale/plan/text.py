@@ -17,9 +17,8 @@ CATEGORIES = ("parameters", "optimizer", "gradients", "fast_state", "activations
 def describe_job(job: Job) -> str:
     """Memory, traffic, time and data of a step."""
     degrees, share, hardware = job.spread.degrees, job.share, job.hardware
-    nodes = -(-job.world_size // job.ranks_of_node)
     lines = [
-        f"On {nodes} x {job.ranks_of_node} {hardware.name}: {job.spread.engine}, {degrees.replicate} copies of "
+        f"On {job.nodes} x {job.ranks_of_node} {hardware.name}: {job.spread.engine}, {degrees.replicate} copies of "
         f"{degrees.shard} shards, {share.clips} clips a rank in {share.micro_batches} of at most {share.micro_batch}",
         "",
         "Bytes on the rank that needs most, each at its own fullest moment, the total at one",

@@ -24,16 +24,9 @@ from hopescale.parallel.process_group import choose_device, end_process, process
 from hopescale.train import build
 from hopescale.train_step import train_step
 from tests.clip_batches import clips_for, step_of
+from tests.presets import PHASE_5_OF_5M
 
-MODEL = [
-    # Phase 5 with narrower tokens and fewer of them: 4.9 M parameters.
-    "model=phase5",
-    "model.width=128",
-    "model.encoder_dim=256",
-    "model.grid=[6,6]",
-    "train.micro_batch=2",
-    "train.steps=1000",
-]
+MODEL = [*PHASE_5_OF_5M, "train.micro_batch=2", "train.steps=1000"]
 CLIPS = 2
 """Of a rank in a step."""
 

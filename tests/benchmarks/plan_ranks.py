@@ -17,11 +17,8 @@ from hopescale.parallel.process_group import choose_device, end_process, process
 from hopescale.train import build
 from hopescale.train_step import train_step
 from tests.clip_batches import clips_for, step_of
+from tests.presets import TRAINED_HERE
 
-SHAPES = {
-    "demo": ["experiment=demo"],
-    "phase5": ["model=phase5", "model.width=128", "model.encoder_dim=256", "model.grid=[6,6]"],
-}
 CELLS = [
     "demo 2 parallel=fsdp",
     "demo 8 parallel=fsdp",
@@ -39,7 +36,7 @@ def settings_of(cell: str, ranks: int) -> list[str]:
     """Settings of a cell on so many ranks."""
     name, clips, *rest = cell.split()
     sizes = [f"train.global_batch={int(clips) * ranks}", f"cluster.gpus_per_node={ranks}", "parallel.device=cpu"]
-    return [*SHAPES[name], *sizes, "train.steps=1000", *rest]
+    return [*TRAINED_HERE[name], *sizes, "train.steps=1000", *rest]
 
 
 def main(out: Path, rounds: int) -> None:

@@ -31,12 +31,8 @@ from hopescale.train import build
 from hopescale.train_step import train_step
 from tests.clip_batches import clips_for, step_of
 from tests.ledger import Ledger, plain
+from tests.presets import TRAINED_HERE
 
-MODELS = {
-    "demo": ["experiment=demo"],
-    # Phase 5 with narrower tokens and fewer of them: 4.8 M parameters.
-    "phase5": ["model=phase5", "model.width=128", "model.encoder_dim=256", "model.grid=[6,6]"],
-}
 CLIPS = 4
 KINDS = {
     "_allgather_base_": "all_gather",
@@ -52,7 +48,7 @@ def config_of(cell: str, world_size: int) -> Config:
     """The configuration of a cell."""
     name, *settings = cell.split()
     sizes = [f"train.global_batch={CLIPS * world_size}", f"cluster.gpus_per_node={world_size}"]
-    return load_config([*MODELS[name], *sizes, "parallel.device=cpu", *settings])
+    return load_config([*TRAINED_HERE[name], *sizes, "parallel.device=cpu", *settings])
 
 
 def batch_of(config: Config, share: Share, step: int, world_size: int) -> StepBatches:

@@ -17,7 +17,7 @@ from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.parallel.schema import ParallelConfig
 from hopescale.plan.hardware import PRESETS
-from hopescale.plan.job import Job, by_recompute, figures_of, job_of, sweep_rows
+from hopescale.plan.job import Job, by_recompute, figures_of, job_of, planned, sweep_rows
 from hopescale.plan.memory import memory_of
 from hopescale.plan.schema import ClusterConfig
 from hopescale.plan.spread import Model, model_of
@@ -44,7 +44,7 @@ def job(nodes: int = 1, of_node: int = 1, *overrides: str, batch: int = 16, **pa
     config = small(*overrides)
     update = {"parallel": ParallelConfig(**parallel), "train": config.train.model_copy(update={"global_batch": batch})}
     config = config.model_copy(update=update)
-    return Job(config, small_model(*overrides), nodes * of_node, of_node, PRESETS["cpu"])
+    return planned(config, small_model(*overrides), nodes * of_node, of_node, PRESETS["cpu"])
 
 
 def with_memory(given: Job, size: float) -> Job:
@@ -240,7 +240,7 @@ def test_another_number_of_ranks_fills_node_after_node() -> None:
 
 
 def test_another_recompute_mode_changes_that_alone() -> None:
-    other = job(1, 2).on(2, "none")
+    other = job(1, 2).recomputing("none")
     assert other.config.parallel == ParallelConfig(recompute="none")
     assert (other.memory, other.time) == (job(1, 2, recompute="none").memory, job(1, 2, recompute="none").time)
 
