@@ -23,7 +23,8 @@ from .traffic import Collective, Share, collectives, share_of
 STORED_BYTES = 2
 """Of a number of features in a shard that keeps them in fp16."""
 EXTRAPOLATED_FROM = 2
-"""Times the ranks of the steps that figures were fitted to, up to which tests hold predictions to 15 %."""
+"""Times the ranks of the steps that figures were fitted to, up to which `tests/benchmarks/plan.py` compares predictions
+with steps that were measured."""
 
 
 @dataclass(frozen=True)
