@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from hopescale.errors import ConfigError, Problem
 
+from .rendezvous import meet
 from .schema import ParallelConfig
 
 
@@ -100,12 +101,16 @@ def process_group(config: ParallelConfig, launch: Launch, device: torch.device) 
     """A process group for the length of the block: NCCL on CUDA, gloo on CPU.
 
     A run of one rank gets a group of one, so that it takes the same path as many.
+
+    Raises:
+        ConfigError: the ranks do not fit together, or not all of them come.
     """
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout_seconds)
     with tempfile.TemporaryDirectory() as folder:
         alone = None if launch.launched else dist.FileStore(str(Path(folder) / "store"), 1)
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=alone)
+        store = alone or meet(launch.rank, launch.world_size, timeout)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store)
         lacks_rank = config.engine == "deepspeed" and not launch.launched
         if lacks_rank:
             # DeepSpeed reads it as it trains, also in a process that no launcher has started.

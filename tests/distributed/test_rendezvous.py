@@ -1,0 +1,32 @@
+"""Nodes that were started with other numbers end within seconds, each with the reason."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
+
+
+def test_nodes_of_other_world_sizes_are_told_so(demo_shaped_data: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    settings = ["experiment=demo", f"data.path={demo_shaped_data}", f"run.dir={tmp_path / 'run'}", "metrics.port=0"]
+    command = [sys.executable, "-m", "hopescale.train", *settings, "metrics.tensorboard=false"]
+    # Two nodes of one rank each, of which the second was told that there are three.
+    nodes = [{"RANK": str(n), "WORLD_SIZE": str(2 + n), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for n in range(2)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **place, **node}, stderr=subprocess.PIPE, text=True)
+        for node in nodes
+    ]
+    for process in started:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 2, told
+        assert "3 by rank 1 on" in told or "3 ranks are expected by rank 1" in told, told
+        assert "Fix: start every node with the same numbers" in told
