@@ -46,6 +46,7 @@ from hopescale.parallel.process_group import (
     process_group,
     read_launch,
 )
+from hopescale.plan.spread import Spread, model_of
 from hopescale.preflight import preflight
 from hopescale.run_folder import Attempt, RunFolder, make_run_folder
 from hopescale.trainer import Trainer
@@ -221,6 +222,9 @@ def build(config: Config, device: torch.device, world_size: int) -> Engine:
         logger.info("%s", routing_table(engine.optimizer.param_groups))
         for schedule in engine.optimizer.schedules():
             logger.info("%s", schedule_table(schedule))
+        uneven = Spread(config, model_of(config), world_size).uneven_shards()
+        if uneven is not None:
+            logger.warning("%s", uneven)
     return engine
 
 

@@ -21,6 +21,8 @@ from hopescale.parallel.mesh import Degrees, degrees_of
 
 NUMBER_BYTES = 4
 """Of a parameter, a gradient, a number of optimizer state."""
+UNEVEN = 1.1
+"""Times an even share from which on padding is worth a line."""
 
 
 class Parameter(NamedTuple):
@@ -161,6 +163,19 @@ class Spread:
     def padding(self) -> float:
         """Times an even share that the rank with most holds of the parameters, with what fills them up."""
         return self.held(self.model.parameters) * self.degrees.shard / self.model.numel
+
+    def uneven_shards(self) -> str | None:
+        """What to say where many ranks share parameters whose dims they do not divide, and what to do about it."""
+        if self.padding <= UNEVEN or self.engine != "fsdp":
+            return None
+        shards = self.degrees.shard
+        said = f"a rank holds and sends {self.padding:.1f} times an even share: {shards} shards do not divide most"
+        for fewer in sorted((n for n in range(1, self.world_size) if self.world_size % n == 0), reverse=True):
+            parallel = self.config.parallel.model_copy(update={"shard": fewer, "replicate": None})
+            config = self.config.model_copy(update={"parallel": parallel})
+            if Spread(config, self.model, self.world_size).padding <= UNEVEN:
+                return f"{said} parameters; parallel=fsdp parallel.shard={fewer} would"
+        return f"{said} parameters"
 
     def is_kept_whole(self, parameter: Parameter) -> bool:
         """Whether ZeRO 3 leaves a parameter on every rank."""

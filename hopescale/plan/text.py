@@ -7,10 +7,7 @@ from typing import Any
 
 from .job import Job, by_recompute
 from .memory import RESERVE, Memory
-from .spread import Spread
 
-UNEVEN = 1.1
-"""Times an even share from which on padding is worth a line."""
 CATEGORIES = ("parameters", "optimizer", "gradients", "fast_state", "activations", "buffers", "total")
 
 
@@ -34,23 +31,8 @@ def describe_job(job: Job) -> str:
         f"  {fits} {gib(hardware.memory_bytes)} less {RESERVE:.0%}; largest train.micro_batch that fits: "
         f"{job.largest_micro_batch}"
     )
-    lines += _padding(job)
+    lines += [f"  {remark}" for remark in [job.spread.uneven_shards()] if remark]
     return "\n".join([*lines, "", *_traffic(job), "", *_time(job)])
-
-
-def _padding(job: Job) -> list[str]:
-    """What to do where many ranks share parameters whose dims they do not divide."""
-    if job.spread.padding <= UNEVEN or job.spread.engine != "fsdp":
-        return []
-    said = (
-        f"  a rank holds and sends {job.spread.padding:.1f} times an even share: {job.spread.degrees.shard} shards do"
-    )
-    for shards in sorted((n for n in range(1, job.world_size) if job.world_size % n == 0), reverse=True):
-        parallel = job.config.parallel.model_copy(update={"shard": shards, "replicate": None})
-        config = job.config.model_copy(update={"parallel": parallel})
-        if Spread(config, job.model, job.world_size).padding <= UNEVEN:
-            return [f"{said} not divide most parameters; parallel=fsdp parallel.shard={shards} would"]
-    return [f"{said} not divide most parameters"]
 
 
 def _sizes(memory: Memory) -> list[int]:

@@ -251,3 +251,11 @@ def test_zero_3_leaves_small_parameters_on_every_rank() -> None:
 def test_how_small_they_are_can_be_set(limit: int, kept: int) -> None:
     threshold = {"stage3_param_persistence_threshold": limit}
     assert spread_of("zero3", 3, zero_optimization=threshold).kept_whole == kept
+
+
+def test_shards_that_do_not_divide_most_parameters_are_told_with_a_number_that_does() -> None:
+    assert spread_of("fsdp", 4).uneven_shards() is None
+    said = "a rank holds and sends 1.6 times an even share: 8 shards do not divide most parameters"
+    assert spread_of("fsdp", 8).uneven_shards() == f"{said}; parallel=fsdp parallel.shard=4 would"
+    # Flat ranges are even, whatever the dims.
+    assert spread_of("zero1", 7).uneven_shards() is None
