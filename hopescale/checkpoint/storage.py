@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -157,20 +157,28 @@ class RawReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Copy the asked boxes into place."""
         for request in plan.items:
-            piece, dtype = self.pieces[request.storage_index], self.dtypes[request.storage_index.fqn]
-            with (self.folder / piece.file).open("rb") as stream:
-                stream.seek(piece.begin)
-                raw = bytearray(stream.read(piece.num_bytes))
-            stored = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            stored = stored.reshape(piece.shape)
-            for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-                stored = stored.narrow(dim, start, length)
             target = planner.resolve_tensor(request).detach()
-            target.copy_(stored)
+            target.copy_(self._read(request))
             planner.commit_tensor(request, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read(self, request: ReadItem) -> Tensor:
+        """The asked box of a piece, whose bytes are in memory once and gone before the next one's."""
+        piece = self.pieces[request.storage_index]
+        stored = torch.empty(piece.shape, dtype=self.dtypes[request.storage_index.fqn])
+        left = stored.reshape(-1).view(torch.uint8).numpy().data
+        with (self.folder / piece.file).open("rb", buffering=0) as stream:
+            stream.seek(piece.begin)
+            while left.nbytes:
+                count = stream.readinto(left)
+                if not count:
+                    raise EOFError(f"{stream.name} became shorter: {left.nbytes} bytes of a piece are missing")
+                left = left[count:]
+        for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
+            stored = stored.narrow(dim, start, length)
+        return stored
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

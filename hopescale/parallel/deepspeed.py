@@ -104,8 +104,11 @@ class DeepSpeedEngine:
 
     def step(self, update: Callable[[], None]) -> None:
         """See `Engine`."""
+        updated = False
 
         def with_gradients() -> None:
+            nonlocal updated
+            updated = True
             self._give_gradients()
             update()
             for parameter in self._pieces.values():
@@ -118,6 +121,9 @@ class DeepSpeedEngine:
             self._client.update = None
             # Also where DeepSpeed has left the update out.
             self._had_gradient.clear()
+        if self._stage == 3 and not updated:
+            # It would look there for numbers that are not finite again, also where no gradient comes any more.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def finish_evaluation(self) -> None:
         """See `Engine`: stage 3 frees each module's parameters behind it."""

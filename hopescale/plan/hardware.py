@@ -29,7 +29,7 @@ class Hardware:
     efficiency: float
     """Share of these rates that the products of a step reach."""
     memory_bandwidth: float
-    """Bytes that the device reads and writes."""
+    """Bytes that the device reads and writes, or all those that share a memory."""
     link_bandwidth: float
     """Bytes that a rank sends to others of its node."""
     link_latency: float
@@ -38,10 +38,14 @@ class Hardware:
     """Bytes that a rank sends to other nodes."""
     network_latency: float
     """Seconds that one collective takes to begin, between nodes."""
+    operator_latency: float
+    """Seconds that it takes to hand an operator out."""
+    queues: bool
+    """Whether a device works on while operators are handed out."""
     overlap: float
     """Share of forward and backward that can hide collectives of parameters and gradients."""
     devices: int | None = None
-    """Of a node, where ranks share them, as CPU cores; None gives each rank one of its own."""
+    """Of a node, where ranks share them and one memory, as CPU cores do; None gives each rank a device of its own."""
     fitted_ranks: int | None = None
     """Most ranks of the steps that the figures were fitted to; None for figures of data sheets."""
 
@@ -53,11 +57,15 @@ class Hardware:
         """Part of a device that each of so many ranks has."""
         return 1.0 if self.devices is None else min(1.0, self.devices / ranks_of_node)
 
+    def memory_share(self, ranks_of_node: int) -> float:
+        """Part of the memory's bandwidth that each of so many ranks has."""
+        return 1.0 if self.devices is None else 1 / ranks_of_node
+
 
 def _gpu(name: str, gigabytes: float, fp32: float, bf16: float, memory: float, link: float, network: float) -> Hardware:
     """Of a data sheet: TFLOP/s without sparsity, TB/s, and GB/s one way."""
-    rates = (gigabytes * 1e9, fp32 * 1e12, bf16 * 1e12, 0.4, memory * 1e12, link * 1e9, 2e-5, network * 1e9, 4e-5, 0.8)
-    return Hardware(name, *rates)
+    rates = (gigabytes * 1e9, fp32 * 1e12, bf16 * 1e12, 0.4, memory * 1e12, link * 1e9, 2e-5, network * 1e9, 4e-5)
+    return Hardware(name, *rates, operator_latency=5e-6, queues=True, overlap=0.8)
 
 
 PRESETS = {
@@ -69,7 +77,7 @@ PRESETS = {
         _gpu("b200", 180, 75, 2250, 8.0, 900, 50),
         _gpu("l40s", 48, 91.6, 362, 0.864, 32, 25),
         # A core of a server, orders of magnitude; nothing is hidden where ranks compute and send with the same core.
-        Hardware("cpu", 4e9, 1e11, 4e11, 0.5, 1e10, 1e9, 3e-4, 1e9, 5e-4, 0.0),
+        Hardware("cpu", 4e9, 1e11, 4e11, 0.5, 1e10, 1e9, 3e-4, 1e9, 5e-4, 5e-6, queues=False, overlap=0.0),
     )
 }
 """NVLink nodes with one 200 or 400 Gb/s adapter a GPU, an l40s on PCIe."""
@@ -104,6 +112,7 @@ RANGES = {
     "overlap": (0.0, 1.0, False),
     "link_latency": (0.0, 1e3, False),
     "network_latency": (0.0, 1e3, False),
+    "operator_latency": (0.0, 1e3, False),
     "devices": (1, 1e6, True),
     "fitted_ranks": (1, 1e6, True),
 }
@@ -121,10 +130,14 @@ def _checked(path: str, figures: object) -> Hardware:
     for name, value in figures.items():
         low, high, whole = RANGES.get(name, (1e-9, 1e40, False))
         number = isinstance(value, int) if whole else isinstance(value, int | float)
-        fine = isinstance(value, str) if name == "name" else number and type(value) is not bool and low <= value <= high
+        plain = {"name": (str, "text"), "queues": (bool, "true or false")}.get(name)
+        if plain is not None:
+            fine, meant = isinstance(value, plain[0]), plain[1]
+        else:
+            fine = number and type(value) is not bool and low <= value <= high
+            meant = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
         if not (fine or (name in optional and value is None)):
-            wanted_text = "text" if name == "name" else f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
-            rule = f"{name}={value!r} must be {wanted_text}"
+            rule = f"{name}={value!r} must be {meant}"
             raise ConfigError(Problem("cluster.hardware", path, rule, "correct it"))
     return Hardware(**figures)
 
@@ -135,18 +148,20 @@ class Work(NamedTuple):
     flops: float
     """Operations of products, over its share of a device."""
     moved: float
-    """Bytes read and written, over the same."""
+    """Bytes read and written, over its share of the memory."""
+    operators: float
+    """Handed out in forward and backward, over its share of a device."""
     sent: float
-    """Bytes to other ranks."""
+    """Bytes to other ranks, over the same: ranks that share a device send with it too."""
     messages: float
-    """Collectives, each as often as ranks wait for each other in it."""
+    """Collectives, each as often as ranks wait for each other in it, over the same."""
 
 
 def fit(base: Hardware, steps: Sequence[tuple[Work, float]], ranks: int) -> Hardware:
-    """Hardware of which some steps take the seconds that were measured: rates of products, memory and the link.
+    """Hardware of which some steps take the seconds that were measured.
 
-    Least squares of relative errors over the four figures, none of them negative; one that the steps do not tell from
-    the others takes no time.
+    Fitted are rates of products, memory and the link, and what operators and collectives take to begin: by least
+    squares of relative errors, none of the five negative; one that the steps do not tell from the others takes no time.
 
     Args:
         base: gives the other figures.
@@ -166,7 +181,7 @@ def fit(base: Hardware, steps: Sequence[tuple[Work, float]], ranks: int) -> Hard
                 each[list(chosen)] = found / scale[list(chosen)]
                 best = (error, each)
     assert best is not None, "a sum of positive amounts can always be fitted by one of them"
-    per_flop, per_byte, per_sent, latency = (float(value) for value in best[1])
+    per_flop, per_byte, per_operator, per_sent, latency = (float(value) for value in best[1])
     flops = 1 / max(per_flop, 1e-30)
     figures = {
         "name": "fitted",
@@ -176,6 +191,8 @@ def fit(base: Hardware, steps: Sequence[tuple[Work, float]], ranks: int) -> Hard
         "memory_bandwidth": 1 / max(per_byte, 1e-29),
         "link_bandwidth": 1 / max(per_sent, 1e-29),
         "link_latency": latency,
+        "operator_latency": per_operator,
+        "queues": False,
         "fitted_ranks": ranks,
     }
     return Hardware(**(asdict(base) | figures))

@@ -17,7 +17,7 @@ from .hardware import Hardware, hardware_of
 from .memory import RESERVE, Memory, largest_micro_batch, memory_of
 from .optimizer import schedule_of
 from .spread import Model, Spread, model_of
-from .step_time import StepTime, step_time
+from .step_time import Step, StepTime, step_time
 from .traffic import Collective, Share, collectives, share_of
 
 STORED_BYTES = 2
@@ -74,12 +74,17 @@ class Job:
         """Of a step."""
         return collectives(self.spread, self.schedule, self.share, self.frames)
 
+    @property
+    def step(self) -> Step:
+        """What decides on the time of a step."""
+        return Step(
+            self.spread, self.schedule, self.collectives, self.share, self.frames, self.hardware, self.ranks_of_node
+        )
+
     @cached_property
     def time(self) -> StepTime:
         """Of a step."""
-        return step_time(
-            self.spread, self.schedule, self.collectives, self.share, self.frames, self.hardware, self.ranks_of_node
-        )
+        return step_time(self.step)
 
     @property
     def clips_per_second(self) -> float:

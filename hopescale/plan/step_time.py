@@ -11,11 +11,41 @@ from hopescale.optim.planner import Schedule
 
 from .activations import clip_bytes
 from .hardware import Hardware, Work
+from .operators import operators
 from .spread import NUMBER_BYTES, Spread
 from .traffic import Collective, Share
 
 TOUCHED = 4
 """Times that what a forward leaves is written or read in a step; once more if it runs again."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides how long a step takes: one in which every group fires."""
+
+    spread: Spread
+    """The model over ranks."""
+    schedule: Schedule | None
+    """Of M3's matrices; None without any."""
+    collectives: Sequence[Collective]
+    share: Share
+    """Of a rank."""
+    frames: int
+    """Stored frames of a clip."""
+    hardware: Hardware
+    """Of a rank."""
+    ranks_of_node: int
+    """That share a node's devices and its fast links."""
+
+    @property
+    def part(self) -> float:
+        """Of a device that a rank has."""
+        return self.hardware.share(self.ranks_of_node)
+
+    @property
+    def memory_part(self) -> float:
+        """Of the memory's bandwidth that a rank has."""
+        return self.hardware.memory_share(self.ranks_of_node)
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,8 @@ class StepTime:
     """Matrix products of forward and backward."""
     elementwise: float
     """Everything else of them, bound by the device's memory."""
+    launching: float
+    """Handing operators of forward and backward out, as far as the device has no work meanwhile."""
     update: float
     """Newton-Schulz, and reading and writing parameters, gradients and state."""
     exchange: float
@@ -38,54 +70,51 @@ class StepTime:
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.products + self.elementwise + self.update + self.exchange + self.exposed
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def bottleneck(self) -> str:
         """What takes longest."""
-        parts = ("products", "elementwise", "update", "exchange", "exposed")
-        longest = max(parts, key=lambda name: getattr(self, name))
+        longest = max(PARTS, key=lambda name: getattr(self, name))
         return "communication" if longest == "exposed" else longest
 
 
-def step_time(
-    spread: Spread,
-    schedule: Schedule | None,
-    found: Sequence[Collective],
-    share: Share,
-    frames: int,
-    hardware: Hardware,
-    ranks_of_node: int,
-) -> StepTime:
-    """Seconds of one step in which every group fires.
+PARTS = ("products", "elementwise", "launching", "update", "exchange", "exposed")
+"""Of a step, one after the other."""
 
-    Args:
-        spread: the model over ranks.
-        schedule: of M3's matrices; None without any.
-        found: collectives of the step.
-        share: of a rank.
-        frames: stored frames of a clip.
-        hardware: of a rank.
-        ranks_of_node: that share a node's devices and its fast links.
-    """
-    parallel, part = spread.config.parallel, hardware.share(ranks_of_node)
-    flops, moved = forward_and_backward(spread, share, frames)
+
+def step_time(step: Step) -> StepTime:
+    """Seconds of one step."""
+    hardware, part, parallel = step.hardware, step.part, step.spread.config.parallel
+    flops, moved = forward_and_backward(step.spread, step.share, step.frames)
     products = flops / (hardware.rate(parallel.precision) * part)
-    elementwise = moved / (hardware.memory_bandwidth * part)
+    elementwise = moved / (hardware.memory_bandwidth * step.memory_part)
+    handing_out = launched(step) * hardware.operator_latency / part
+    launching = max(0.0, handing_out - products - elementwise) if hardware.queues else handing_out
     seconds = {"M3": 0.0, "others": 0.0}
-    for each in found:
-        seconds["M3" if each.what == "M3" else "others"] += collective_seconds(each, hardware, ranks_of_node)
-    hidden = hardware.overlap * (products + elementwise)
-    orthogonalised, touched = update(spread, schedule)
-    precision = "fp32" if schedule is None else schedule.newton_schulz.precision
+    for each in step.collectives:
+        spent = collective_seconds(each, hardware, step.ranks_of_node) / part
+        seconds["M3" if each.what == "M3" else "others"] += spent
+    hidden = hardware.overlap * (products + elementwise + launching)
+    orthogonalised, touched = update(step.spread, step.schedule)
+    precision = "fp32" if step.schedule is None else step.schedule.newton_schulz.precision
     return StepTime(
         products=products,
         elementwise=elementwise,
-        update=orthogonalised / (hardware.rate(precision) * part) + touched / (hardware.memory_bandwidth * part),
+        launching=launching,
+        update=orthogonalised / (hardware.rate(precision) * part)
+        + touched / (hardware.memory_bandwidth * step.memory_part),
         exchange=seconds["M3"],
         communication=seconds["others"],
         exposed=max(0.0, seconds["others"] - hidden),
     )
+
+
+def launched(step: Step) -> float:
+    """Operators of forward and backward of all micro-batches."""
+    config = step.spread.config
+    each = operators(config.model, config.objective, step.frames, config.parallel.recompute)
+    return step.share.micro_batches * each
 
 
 def forward_and_backward(spread: Spread, share: Share, frames: int) -> tuple[float, float]:
@@ -127,18 +156,12 @@ def rounds(ranks: int) -> int:
     return max(1, math.ceil(math.log2(ranks)))
 
 
-def work_of(
-    spread: Spread,
-    schedule: Schedule | None,
-    found: Sequence[Collective],
-    share: Share,
-    frames: int,
-    hardware: Hardware,
-    ranks_of_node: int,
-) -> Work:
+def work_of(step: Step) -> Work:
     """The same in amounts, for `fit`: all ranks on one node and nothing hidden."""
-    part = hardware.share(ranks_of_node)
-    (flops, moved), (orthogonalised, touched) = forward_and_backward(spread, share, frames), update(spread, schedule)
-    sent = sum(each.sent_bytes for each in found)
-    messages = sum(each.count * rounds(each.ranks) for each in found)
-    return Work((flops + orthogonalised) / part, (moved + touched) / part, sent, messages)
+    flops, moved = forward_and_backward(step.spread, step.share, step.frames)
+    orthogonalised, touched = update(step.spread, step.schedule)
+    sent = sum(each.sent_bytes for each in step.collectives)
+    messages = sum(each.count * rounds(each.ranks) for each in step.collectives)
+    computed = (flops + orthogonalised) / step.part
+    others = (amount / step.part for amount in (launched(step), sent, messages))
+    return Work(computed, (moved + touched) / step.memory_part, *others)

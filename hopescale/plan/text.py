@@ -58,6 +58,7 @@ def _time(job: Job) -> list[str]:
         for name, value in (
             ("products", time.products),
             ("elementwise", time.elementwise),
+            ("launching", time.launching),
             ("update", time.update),
             ("M3's exchange", time.exchange),
             ("other communication", time.exposed),
@@ -71,7 +72,8 @@ def _time(job: Job) -> list[str]:
         f"{hardware.memory_bandwidth / 1e9:g} GB/s of memory, {hardware.link_bandwidth / 1e9:g} GB/s and "
         f"{hardware.link_latency * 1e6:g} us a collective inside "
         f"a node, {hardware.network_bandwidth / 1e9:g} GB/s and {hardware.network_latency * 1e6:g} us between nodes, "
-        f"{hardware.overlap:.0%} of forward and backward to hide behind",
+        f"{hardware.overlap:.0%} of forward and backward to hide behind, "
+        f"{hardware.operator_latency * 1e6:g} us to hand an operator out",
         f"  {_standing(job)}",
     ]
 

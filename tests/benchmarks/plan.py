@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hopescale.config.compose import load_config
-from hopescale.plan.hardware import PRESETS, Hardware, Work, fit
+from hopescale.plan.hardware import PRESETS, Hardware, fit
 from hopescale.plan.job import Job, job_of
 from hopescale.plan.step_time import work_of
 from tests.benchmarks.plan_ranks import CELLS, settings_of
@@ -50,11 +50,6 @@ def measure(ranks: int, rounds: int) -> dict[str, float]:
         return json.loads(out.read_text())
 
 
-def work(job: Job) -> Work:
-    """What a step of a job asks of its busiest rank."""
-    return work_of(job.spread, job.schedule, job.collectives, job.share, job.frames, job.hardware, job.ranks_of_node)
-
-
 def main() -> None:
     """Measure, fit, foresee and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,11 +60,14 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     base = replace(PRESETS["cpu"], devices=cores)
     seconds = {ranks: measure(ranks, arguments.rounds) for ranks in RANKS}
-    known = [(work(job), seconds[ranks][cell]) for ranks in RANKS[:-1] for cell, job in jobs(ranks, base).items()]
+    known = [
+        (work_of(job.step), seconds[ranks][cell]) for ranks in RANKS[:-1] for cell, job in jobs(ranks, base).items()
+    ]
     fitted = fit(base, known, RANKS[-2])
     print(
         f"fitted: {fitted.flops_fp32 / 1e9:.3g} GFLOP/s, {fitted.memory_bandwidth / 1e9:.3g} GB/s of memory, "
-        f"{fitted.link_bandwidth / 1e9:.3g} GB/s and {fitted.link_latency * 1e6:.3g} us a collective, {cores} cores"
+        f"{fitted.link_bandwidth / 1e9:.3g} GB/s and {fitted.link_latency * 1e6:.3g} us a collective, "
+        f"{fitted.operator_latency * 1e6:.3g} us an operator, {cores} cores"
     )
     print(f"{'step':<58}{'measured':>11}{'foreseen':>11}{'ratio':>8}")
     table: list[dict[str, Any]] = []

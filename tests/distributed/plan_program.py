@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.batch import StepBatches
+from hopescale.checkpoint.contents import RunState
+from hopescale.checkpoint.manager import CheckpointManager, step_folder
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.parallel.engine import Engine
@@ -108,7 +110,24 @@ def file_gradients(engine: Engine, ledger: Ledger) -> list[Any]:
     return [p.register_post_accumulate_grad_hook(whole) for p in gathered_parameters(engine.model)]
 
 
-def look(cell: str, device: torch.device, world_size: int) -> dict[str, Any]:
+def checkpointing(engine: Engine, folder: Path) -> dict[str, int]:
+    """Most bytes of tensors that saving and restoring make beside those of the engine."""
+    manager, made = CheckpointManager(folder, keep=1, config={}), {}
+    state = RunState(step=3)
+    for name, act in (
+        ("saving", lambda: manager.save(engine.model, engine.optimizer, state)),
+        ("restoring", lambda: manager.restore(step_folder(folder, 3), engine.model, engine.optimizer)),
+    ):
+        gc.collect()
+        ledger = open_ledger(engine, set())
+        before = ledger.alive()
+        with ledger:
+            act()
+        made[name] = ledger.peaks()["total"] - before
+    return most_of_all_ranks(made)
+
+
+def look(cell: str, device: torch.device, world_size: int, folder: Path) -> dict[str, Any]:
     """Foreseen and seen bytes of a cell."""
     config = config_of(cell, world_size)
     job = job_of(config)
@@ -131,6 +150,7 @@ def look(cell: str, device: torch.device, world_size: int) -> dict[str, Any]:
         "engine": job.spread.engine,
         "to_build": building.peaks()["total"],
         "largest_parameter": NUMBER_BYTES * max(p.numel for p in job.model.parameters),
+        "to_checkpoint": checkpointing(engine, folder),
         "foreseen": job.memory.by_category,
         "seen": most_of_all_ranks({name: ledger.peaks().get(name, 0) for name in job.memory.by_category}),
         "collectives_foreseen": by_kind(job.collectives),
@@ -149,7 +169,10 @@ def main(out: Path, cells: list[str]) -> None:
     parallel = config_of(cells[0], launch.world_size).parallel
     device = choose_device(parallel, launch)
     with process_group(parallel, launch, device):
-        seen = {cell: look(cell, device, launch.world_size) for cell in cells}
+        seen = {
+            cell: look(cell, device, launch.world_size, out.with_name(f"{out.stem}-{number}"))
+            for number, cell in enumerate(cells)
+        }
     if launch.is_first:
         out.write_text(json.dumps(seen))
 

@@ -1,4 +1,7 @@
-"""`hopescale plan` foresees what a real step keeps in memory and hands to collectives, under every engine."""
+"""`hopescale plan` foresees what a real step keeps in memory and hands to collectives, under every engine.
+
+What building an engine and its checkpoints take beside that is held to bounds here too, as it needs the same ledger.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,9 @@ def check(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: f
             # The thread of a collective may let go of what it has sent after the next tensors are made.
             late = 0.01 * found["seen"]["total"] if category == "buffers" else 0
             assert found["foreseen"][category] == pytest.approx(size, rel=0.1, abs=late), (cell, category)
+        # One piece at a time, of whatever engine, and what ranks tell each other about theirs.
+        for act, size in found["to_checkpoint"].items():
+            assert size < found["largest_parameter"] + 64 * 1024, (cell, act)
         exact = not found["engine"].startswith("zero")
         if exact:
             # Pieces and their state, and one whole parameter as it is drawn and cut.

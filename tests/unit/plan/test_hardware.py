@@ -16,11 +16,12 @@ from hopescale.errors import ConfigError, Problem
 from hopescale.plan.hardware import PRESETS, Hardware, Work, fit, hardware_of
 
 TOLD_APART = (
-    Work(1e12, 1e9, 0, 0),
-    Work(1e11, 5e9, 0, 0),
-    Work(5e11, 2e9, 1e8, 10),
-    Work(2e11, 1e9, 4e8, 5),
-    Work(8e11, 3e9, 2e7, 80),
+    Work(1e12, 1e9, 1e3, 0, 0),
+    Work(1e11, 5e9, 2e3, 0, 0),
+    Work(5e11, 2e9, 1e3, 1e8, 10),
+    Work(2e11, 1e9, 3e3, 4e8, 5),
+    Work(8e11, 3e9, 1e3, 2e7, 80),
+    Work(1e11, 1e9, 9e4, 2e7, 8),
 )
 """Steps in which no figure stands for another."""
 NO_TIME = 1e25
@@ -40,13 +41,19 @@ def written(path: Path, figures: object) -> str:
     return str(path)
 
 
-def rates(hardware: Hardware) -> tuple[float, float, float, float]:
-    return hardware.rate("fp32"), hardware.memory_bandwidth, hardware.link_bandwidth, hardware.link_latency
+def rates(hardware: Hardware) -> tuple[float, float, float, float, float]:
+    each, latency = hardware.operator_latency, hardware.link_latency
+    return hardware.rate("fp32"), hardware.memory_bandwidth, each, hardware.link_bandwidth, latency
 
 
-def timed(works: Sequence[Work], flops: float, memory: float, link: float, latency: float) -> list[tuple[Work, float]]:
+def timed(
+    works: Sequence[Work], flops: float, memory: float, each: float, link: float, latency: float
+) -> list[tuple[Work, float]]:
     """Steps as they take on a machine of these rates, one part after the other."""
-    return [(w, w.flops / flops + w.moved / memory + w.sent / link + w.messages * latency) for w in works]
+    return [
+        (w, w.flops / flops + w.moved / memory + w.operators * each + w.sent / link + w.messages * latency)
+        for w in works
+    ]
 
 
 def test_presets_go_by_their_names_and_have_positive_figures() -> None:
@@ -54,6 +61,7 @@ def test_presets_go_by_their_names_and_have_positive_figures() -> None:
     for name, hardware in PRESETS.items():
         figures = asdict(hardware)
         assert figures.pop("name") == name
+        assert figures.pop("queues") is (name != "cpu")
         assert all(value > 0 for key, value in figures.items() if value is not None and key != "overlap")
         assert 0 <= hardware.overlap < 1
         assert hardware.fitted_ranks is None
@@ -90,7 +98,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
 
 
 def test_a_file_of_figures_is_read_as_it_was_written(tmp_path: Path) -> None:
-    lab = Hardware("lab", 1e10, 1e12, 2e12, 0.5, 1e11, 1e10, 0, 1e9, 1, 0, devices=4, fitted_ranks=2)
+    lab = Hardware("lab", 1e10, 1e12, 2e12, 0.5, 1e11, 1e10, 0, 1e9, 1, 0, True, 0, devices=4, fitted_ranks=2)
     assert hardware_of(written(tmp_path / "lab.json", asdict(lab)), "auto") == lab
 
 
@@ -141,6 +149,8 @@ def test_a_file_without_an_object_is_refused(tmp_path: Path, figures: object) ->
         ("efficiency", 7),
         ("memory_bytes", True),
         ("name", 5),
+        ("queues", 1),
+        ("operator_latency", -1e-6),
     ],
 )
 def test_a_figure_out_of_range_is_named_with_its_value(tmp_path: Path, name: str, value: object) -> None:
@@ -161,16 +171,16 @@ def test_a_file_that_cannot_be_read_says_how_to_get_one(tmp_path: Path, text: st
 
 
 @settings(deadline=None)
-@given(st.tuples(*[st.floats(0.1, 10)] * 4))
-def test_rates_are_found_again_from_the_steps_they_make(factors: tuple[float, float, float, float]) -> None:
-    flops, memory, link, latency = (f * rate for f, rate in zip(factors, (1e12, 1e10, 1e9, 1e-3), strict=True))
-    found = fit(PRESETS["cpu"], timed(TOLD_APART, flops, memory, link, latency), 4)
-    assert rates(found) == pytest.approx((flops, memory, link, latency), rel=1e-6)
+@given(st.tuples(*[st.floats(0.1, 10)] * 5))
+def test_rates_are_found_again_from_the_steps_they_make(factors: tuple[float, ...]) -> None:
+    true = [f * rate for f, rate in zip(factors, (1e12, 1e10, 1e-5, 1e9, 1e-3), strict=True)]
+    found = fit(PRESETS["cpu"], timed(TOLD_APART, *true), 4)
+    assert rates(found) == pytest.approx(tuple(true), rel=1e-5)
 
 
 def test_a_fit_keeps_what_no_step_tells() -> None:
     base = PRESETS["h100"]
-    found = fit(base, timed(TOLD_APART, 1e12, 1e10, 1e9, 1e-3), 4)
+    found = fit(base, timed(TOLD_APART, 1e12, 1e10, 1e-5, 1e9, 1e-3), 4)
     assert (found.name, found.fitted_ranks, found.efficiency) == ("fitted", 4, 1.0)
     kept = ("memory_bytes", "network_bandwidth", "network_latency", "overlap", "devices")
     assert [getattr(found, name) for name in kept] == [getattr(base, name) for name in kept]
@@ -178,16 +188,22 @@ def test_a_fit_keeps_what_no_step_tells() -> None:
 
 
 AMOUNTS = st.builds(
-    Work, st.floats(1e6, 1e15), st.floats(1e3, 1e12), st.floats(0, 1e10), st.integers(0, 1000).map(float)
+    Work,
+    st.floats(1e6, 1e15),
+    st.floats(1e3, 1e12),
+    st.floats(0, 1e6),
+    st.floats(0, 1e10),
+    st.integers(0, 1000).map(float),
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(AMOUNTS, st.floats(1e-4, 1e3)), min_size=1, max_size=8))
 def test_no_rate_is_negative_whatever_was_measured(steps: list[tuple[Work, float]]) -> None:
-    flops, memory, link, latency = rates(fit(PRESETS["cpu"], steps, 2))
+    flops, memory, each, link, latency = rates(fit(PRESETS["cpu"], steps, 2))
     assert min(flops, memory, link) > 0
     assert 0 <= latency < float("inf")
+    assert 0 <= each < float("inf")
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,8 +220,8 @@ def test_a_fit_is_as_near_as_the_best_single_rate(steps: list[tuple[Work, float]
 
 def test_a_figure_that_no_step_has_takes_no_time() -> None:
     alone = [work._replace(sent=0.0, messages=0.0) for work in TOLD_APART]
-    flops, memory, link, latency = rates(fit(PRESETS["cpu"], timed(alone, 2e12, 3e10, 1.0, 1.0), 1))
-    assert (flops, memory) == pytest.approx((2e12, 3e10))
+    flops, memory, each, link, latency = rates(fit(PRESETS["cpu"], timed(alone, 2e12, 3e10, 1e-5, 1.0, 1.0), 1))
+    assert (flops, memory, each) == pytest.approx((2e12, 3e10, 1e-5))
     assert link > NO_TIME
     assert latency == 0
 
@@ -220,7 +236,7 @@ def test_a_figure_that_tells_nothing_of_the_seconds_takes_no_time() -> None:
 
 
 def test_a_figure_of_which_more_was_faster_takes_no_time() -> None:
-    works = [Work(1e12 * n, 0, 1e9 * m, 0) for n, m in ((1, 0), (1, 1), (2, 1), (2, 3), (3, 0))]
+    works = [Work(1e12 * n, 0, 0, 1e9 * m, 0) for n, m in ((1, 0), (1, 1), (2, 1), (2, 3), (3, 0))]
     steps = [(work, work.flops / 1e12 - 0.1 * work.sent / 1e9) for work in works]
     found = fit(PRESETS["cpu"], steps, 2)
     assert found.link_bandwidth > NO_TIME
@@ -228,6 +244,6 @@ def test_a_figure_of_which_more_was_faster_takes_no_time() -> None:
 
 
 def test_what_is_fitted_can_be_read_again_also_where_products_took_no_time(tmp_path: Path) -> None:
-    steps = [(Work(1e9 * a, 1e9 * b, 0, 0), b * 0.1) for a, b in ((1, 2), (2, 1), (3, 5))]
+    steps = [(Work(1e9 * a, 1e9 * b, 0, 0, 0), b * 0.1) for a, b in ((1, 2), (2, 1), (3, 5))]
     fitted = fit(PRESETS["cpu"], steps, 2)
     assert hardware_of(written(tmp_path / "fitted.json", asdict(fitted)), "auto") == fitted

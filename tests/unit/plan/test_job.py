@@ -21,6 +21,7 @@ from hopescale.plan.job import Job, by_recompute, figures_of, job_of, planned, s
 from hopescale.plan.memory import memory_of
 from hopescale.plan.schema import ClusterConfig
 from hopescale.plan.spread import Model, model_of
+from hopescale.plan.step_time import PARTS
 from hopescale.plan.text import describe_job, gib, seconds, sweep_table
 from hopescale.plan.traffic import Share
 
@@ -345,8 +346,7 @@ def test_json_has_the_job_beside_the_model() -> None:
     assert found["share"] == {"clips": 4, "micro_batches": 2, "micro_batch": 2}
     assert (found["engine"], found["hardware"]["name"], found["fits"]) == ("fsdp", "cpu", True)
     assert found["memory"]["none"]["total"] > found["memory"]["chunk"]["total"] > found["memory"]["block"]["total"]
-    parts = ("products", "elementwise", "update", "exchange", "exposed")
-    assert found["seconds"]["total"] == pytest.approx(sum(found["seconds"][name] for name in parts))
+    assert found["seconds"]["total"] == pytest.approx(sum(found["seconds"][name] for name in PARTS))
     assert [each["what"] for each in found["collectives"]] == ["parameters", "gradients", "norms", "M3"]
 
 

@@ -16,9 +16,10 @@ from hopescale.model.flops import flops_executed
 from hopescale.optim.planner import Schedule
 from hopescale.parallel.schema import ParallelConfig
 from hopescale.plan.hardware import PRESETS, Hardware
+from hopescale.plan.operators import operators
 from hopescale.plan.optimizer import schedule_of
 from hopescale.plan.spread import Model, Parameter, Spread, model_of
-from hopescale.plan.step_time import StepTime, collective_seconds, rounds, step_time, work_of
+from hopescale.plan.step_time import PARTS, Step, StepTime, collective_seconds, rounds, step_time, work_of
 from hopescale.plan.traffic import Collective, Kind, Share, collectives
 
 FRAMES = 8
@@ -34,6 +35,8 @@ MACHINE = Hardware(
     link_latency=1,
     network_bandwidth=10,
     network_latency=2,
+    operator_latency=0,
+    queues=False,
     overlap=0.5,
 )
 
@@ -70,7 +73,7 @@ def sending(size: int, ranks: int = 2, kind: Kind = "all_gather", stride: int = 
 
 
 def timed(*found: Collective, machine: Hardware = MACHINE, ranks_of_node: int = 8, **parallel: Any) -> StepTime:
-    return step_time(over(2, **parallel), None, found, SHARE, FRAMES, machine, ranks_of_node)
+    return step_time(Step(over(2, **parallel), None, found, SHARE, FRAMES, machine, ranks_of_node))
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (64, 6)])
@@ -149,7 +152,7 @@ def test_an_update_reads_and_writes_what_a_rank_holds() -> None:
 def test_newton_schulz_is_part_of_the_update_and_its_exchange_apart() -> None:
     spread, schedule, found = planned(2)
     fast = replace(MACHINE, memory_bandwidth=1e30)
-    time = step_time(spread, schedule, found, SHARE, FRAMES, fast, 2)
+    time = step_time(Step(spread, schedule, found, SHARE, FRAMES, fast, 2))
     busiest = max(sum(flops) for flops in zip(*schedule.flops, strict=True))
     assert time.update == pytest.approx(busiest / 0.5e9)
     (m3,) = [each for each in found if each.what == "M3"]
@@ -179,30 +182,56 @@ def test_the_exchange_of_m3_hides_behind_nothing() -> None:
     assert time.total == pytest.approx(quiet.total + 4)
 
 
-def test_ranks_that_share_devices_compute_slower_and_send_as_fast() -> None:
-    two = replace(MACHINE, devices=2, overlap=0)
+def test_ranks_that_share_devices_compute_and_send_slower() -> None:
+    two = replace(MACHINE, devices=2, overlap=0, operator_latency=0.01)
     alone, shared = (timed(sending(300), machine=two, ranks_of_node=ranks) for ranks in (2, 8))
-    for name in ("products", "elementwise", "update"):
+    assert alone.exposed == 4
+    for name in ("products", "elementwise", "launching", "update", "exposed"):
         assert getattr(shared, name) == pytest.approx(4 * getattr(alone, name))
-    assert shared.exposed == alone.exposed == 4
+    # Devices that have enough for everyone have one memory all the same.
+    one = timed(machine=two, ranks_of_node=1)
+    assert one.elementwise == pytest.approx(0.5 * alone.elementwise)
     assert timed(machine=two, ranks_of_node=1).products == alone.products
 
 
-@pytest.mark.parametrize("name", ["products", "elementwise", "update", "exchange", "exposed"])
+def test_operators_are_handed_out_one_after_the_other_in_every_micro_batch() -> None:
+    slow = replace(MACHINE, operator_latency=0.5)
+    number = operators(small().model, small().objective, FRAMES, "block")
+    assert timed(machine=slow).launching == pytest.approx(0.5 * number)
+    in_turns = Share(clips=4, micro_batches=3, micro_batch=2)
+    assert step_time(Step(over(2), None, (), in_turns, FRAMES, slow, 8)).launching == pytest.approx(1.5 * number)
+
+
+def test_a_device_that_queues_works_while_operators_are_handed_out() -> None:
+    quick = timed(machine=replace(MACHINE, queues=True, operator_latency=1e-9))
+    assert quick.launching == 0
+    slow = timed(machine=replace(MACHINE, queues=True, operator_latency=1.0))
+    number = operators(small().model, small().objective, FRAMES, "block")
+    assert slow.products + slow.elementwise + slow.launching == pytest.approx(number)
+    assert slow.bottleneck == "launching"
+
+
+@pytest.mark.parametrize("name", PARTS)
 def test_the_bottleneck_is_what_takes_longest(name: str) -> None:
-    seconds = {"products": 1.0, "elementwise": 1.0, "update": 1.0, "exchange": 1.0, "exposed": 1.0} | {name: 2.0}
-    time = StepTime(**seconds, communication=50.0)
+    time = StepTime(**(dict.fromkeys(PARTS, 1.0) | {name: 2.0}), communication=50.0)
     assert time.bottleneck == ("communication" if name == "exposed" else name)
-    assert time.total == 6
+    assert time.total == 7
 
 
 RATES = st.floats(1e6, 1e15)
 
 
 @settings(deadline=None)
-@given(flops=RATES, memory=RATES, link=RATES, latency=st.floats(0, 10), world_size=st.sampled_from([1, 2, 4]))
+@given(
+    flops=RATES,
+    memory=RATES,
+    link=RATES,
+    each=st.floats(0, 1),
+    latency=st.floats(0, 10),
+    world_size=st.sampled_from([1, 2, 4]),
+)
 def test_amounts_of_a_step_take_its_seconds_on_one_node(
-    flops: float, memory: float, link: float, latency: float, world_size: int
+    flops: float, memory: float, link: float, each: float, latency: float, world_size: int
 ) -> None:
     machine = replace(
         MACHINE,
@@ -211,20 +240,26 @@ def test_amounts_of_a_step_take_its_seconds_on_one_node(
         memory_bandwidth=memory,
         link_bandwidth=link,
         link_latency=latency,
+        operator_latency=each,
         overlap=0.0,
         devices=2,
     )
     spread, schedule, found = planned(world_size)
-    work = work_of(spread, schedule, found, SHARE, FRAMES, machine, world_size)
-    time = step_time(spread, schedule, found, SHARE, FRAMES, machine, world_size)
-    assert time.total == pytest.approx(
-        work.flops / flops + work.moved / memory + work.sent / link + work.messages * latency
+    step = Step(spread, schedule, found, SHARE, FRAMES, machine, world_size)
+    work = work_of(step)
+    amounts = (
+        work.flops / flops,
+        work.moved / memory,
+        work.operators * each,
+        work.sent / link,
+        work.messages * latency,
     )
+    assert step_time(step).total == pytest.approx(sum(amounts))
 
 
 def test_messages_count_every_round_of_every_collective() -> None:
     found = [sending(100, 2, count=3), sending(50, 5, count=2)]
-    work = work_of(over(2), None, found, SHARE, FRAMES, MACHINE, 2)
+    work = work_of(Step(over(2), None, found, SHARE, FRAMES, MACHINE, 2))
     assert (work.sent, work.messages) == (150, 3 + 6)
 
 
