@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.distributed.fsdp_program import OVERRIDES, batches, distance
 from tests.sharded import whole
 
 NUM_STEPS, SAVED_AT = 20, 10
+KEPT_WHOLE = 100
 BROKEN_BEFORE = (5, SAVED_AT)
 # A low rate and eps as in the test of curves over world sizes, and for its reasons: rounding must not grow past bounds.
 STEADY = [
@@ -49,7 +51,9 @@ STEADY = [
 ]
 
 
+ROLLOUT = "objective.rollout="
 MODELS = {
+    "+rollout": [setting for setting in OVERRIDES if setting.startswith(ROLLOUT)],
     "+longterm": ["model.longterm={hidden_multiplier: 1.5, ema: 0.3, gate: retrieval, sync_every: 2}"],
     "+online": [
         "model.cms.mode=online",
@@ -67,7 +71,8 @@ MODELS = {
 def config_of(cell: str) -> Config:
     """The configuration of a cell: its settings and other models, separated by spaces."""
     words = (MODELS.get(word, [word]) for word in cell.split())
-    return load_config([*OVERRIDES, *STEADY, *(setting for each in words for setting in each)])
+    base = [setting for setting in OVERRIDES if not setting.startswith(ROLLOUT)]
+    return load_config([*base, *STEADY, *(setting for each in words for setting in each)])
 
 
 def curve_of(cell: str) -> str:
@@ -110,6 +115,18 @@ def reference_of(config: Config) -> tuple[list[float], list[float], dict[str, Te
     first = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
     losses, norms = run(TorchEngine(model, optimizer), config, range(NUM_STEPS), 0, 1)
     return losses, norms, first, tensors(model, optimizer)
+
+
+def kept(path: Path, train: Callable[[], Any]) -> Any:
+    """What an earlier launch has trained, or what is trained now, for later ones."""
+    exists = [path.exists()]
+    dist.broadcast_object_list(exists, src=0)
+    if exists[0]:
+        return torch.load(path, weights_only=True)
+    made = train()
+    if dist.get_rank() == 0:
+        torch.save(made, path)
+    return made
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -168,7 +185,7 @@ def compare(
     config = config_of(settings)
     curve = curve_of(settings)
     if curve not in references:
-        references[curve] = reference_of(config_of(curve))
+        references[curve] = kept(folder.with_name(f"curve {curve}.pt"), lambda: reference_of(config_of(curve)))
     expected_losses, expected_norms, first, expected = references[curve]
     engine = build(config, device, launch.world_size)
     manager = CheckpointManager(folder, keep=1, config={})
@@ -195,8 +212,8 @@ def compare(
 def main(out: Path, cells: list[str]) -> None:
     launch = read_launch()
     device = choose_device(config_of("").parallel, launch)
-    # The model is so small that stage 3 would leave all of it on every rank.
-    deepspeed.KEPT_WHOLE = 0
+    # The model is so small that stage 3 would leave all of it on every rank, and not only norms and biases.
+    deepspeed.KEPT_WHOLE = KEPT_WHOLE
     seen, references = {}, {}
     with process_group(config_of("").parallel, launch, device):
         for number, cell in enumerate(cells):

@@ -20,11 +20,20 @@ OF_TWO = [
     f"optimizer=adamw parallel=deepspeed_zero1 {WHOLE_BATCH}",
     f"parallel=deepspeed_zero1 {STORED}",
     "parallel=deepspeed_zero2",
-    f"parallel=deepspeed_zero3 {WHOLE_BATCH} {STORED}",
+    f"parallel=deepspeed_zero3 {WHOLE_BATCH} {STORED} +longterm",
     "optimizer=adamw parallel=deepspeed_zero3",
     f"optimizer=adamw parallel=deepspeed_zero2 parallel.offload_optimizer=true {WHOLE_BATCH} {STORED}",
 ]
 """Each pair of engine, optimizer, accumulation and recompute at least once; `--full` takes them all."""
+OTHERS = [
+    f"parallel=fsdp parallel.precision=bf16 {STORED}",
+    "parallel=deepspeed_zero2 parallel.precision=bf16",
+    "parallel=deepspeed_zero2 +online +rollout",
+    "parallel=deepspeed_zero1 +periods",
+]
+"""Other precisions and models."""
+FP32, BF16 = (1e-6, 1e-4, 1e-5), (1e-4, 1e-2, 5e-2)
+"""Most relative errors of losses, norms and tensors; a weight's gradient in bf16 is rounded once a micro-batch."""
 OF_FOUR = ["parallel=hsdp", f"optimizer=adamw parallel=fsdp parallel.shard=2 {WHOLE_BATCH} {STORED}", "parallel=fsdp"]
 
 
@@ -34,19 +43,22 @@ def run(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: flo
     assert ended.returncode == 0, ended.stdout + ended.stderr
     seen = json.loads(out.read_text())
     for cell, found in seen.items():
-        assert found["losses"] < 1e-6, cell
-        assert found["norms"] < 1e-4, cell
-        assert {n: e for n, e in found["errors"].items() if not e < 1e-5} == {}, cell
+        losses, norms, tensors = BF16 if "bf16" in cell else FP32
+        assert found["losses"] < losses, cell
+        assert found["norms"] < norms, cell
+        assert {n: e for n, e in found["errors"].items() if not e < tensors} == {}, cell
         assert found["names"] == [], cell
-        # Buffers of slow levels are empty at the start and after each firing.
-        assert [name for name in found["never_moved"] if "buffer_" not in name] == [], cell
+        # What slow levels, groups and memories wait with is empty at the start and after each firing.
+        waiting = ("buffer_", "period_sum", "waiting/")
+        assert [name for name in found["never_moved"] if not any(part in name for part in waiting)] == [], cell
         stage = next((n for n in range(4) if f"deepspeed_zero{n}" in cell), None)
         assert found["zero"] == stage, cell
         shards = 1 if "ddp" in cell or stage == 0 else num_ranks // (2 if "hsdp" in cell or "shard=2" in cell else 1)
         # Of parameters and optimizer state; flat ranges and uneven dims leave a rank a little more or less.
         assert 0.9 / shards <= found["local_share"] <= 1.1 / shards, cell
-        in_model = 0 if stage == 3 else 1 if stage is not None else 1 / shards
-        assert found["model_share"] == pytest.approx(in_model, rel=0.1), cell
+        # Stage 3 leaves norms and biases.
+        in_model = 0.05 if stage == 3 else 1 if stage is not None else 1 / shards
+        assert found["model_share"] == pytest.approx(in_model, rel=0.1, abs=0.02), cell
     return seen
 
 
@@ -58,10 +70,11 @@ def test_engines_on_two_ranks_train_as_one_process_and_go_on_from_each_other(tor
         f"parallel=deepspeed_zero3 {STORED} < {saved[6]}",
         f"optimizer=adamw parallel=ddp < {saved[8]}",
     ]
-    seen = run(torchrun, 2, tmp_path / "seen.json", [*OF_TWO, *crossed])
+    seen = run(torchrun, 2, tmp_path / "seen.json", [*OF_TWO, *crossed, *OTHERS])
     assert seen["parallel=ddp"]["placements"] == ["(Replicate(),)"]
     # Any number of ranks goes on from what two have left.
-    run(torchrun, 1, tmp_path / "one.json", [f"parallel=fsdp < {saved[7]}", f"parallel=deepspeed_zero2 {WHOLE_BATCH}"])
+    alone = [f"parallel=fsdp +longterm < {saved[7]}", f"parallel=deepspeed_zero2 {WHOLE_BATCH}"]
+    run(torchrun, 1, tmp_path / "one.json", alone)
     seen = run(torchrun, 4, tmp_path / "four.json", [*OF_FOUR, f"parallel=deepspeed_zero3 < {saved[1]}"])
     assert all(text.startswith("(Replicate(), Shard") for text in seen["parallel=hsdp"]["placements"])
 
