@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hopescale.errors import ConfigError, Problem
 
-from .rendezvous import meet
+from .rendezvous import Place, meet
 from .schema import ParallelConfig
 
 
@@ -65,6 +65,16 @@ def read_launch() -> Launch:
     return Launch(*(int(given[name]) for name in names), launched=True)
 
 
+def read_place() -> Place:
+    """Read where the launcher lets ranks meet."""
+    return Place(
+        address=os.environ.get("MASTER_ADDR", ""),
+        port=os.environ.get("MASTER_PORT", ""),
+        held=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
 def choose_device(config: ParallelConfig, launch: Launch) -> torch.device:
     """The device of this rank.
 
@@ -109,7 +119,7 @@ def process_group(config: ParallelConfig, launch: Launch, device: torch.device) 
     timeout = timedelta(seconds=config.timeout_seconds)
     with tempfile.TemporaryDirectory() as folder:
         alone = None if launch.launched else dist.FileStore(str(Path(folder) / "store"), 1)
-        store = alone or meet(launch.rank, launch.world_size, timeout)
+        store = alone or meet(launch.rank, launch.world_size, read_place(), timeout)
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store)
         lacks_rank = config.engine == "deepspeed" and not launch.launched
         if lacks_rank:

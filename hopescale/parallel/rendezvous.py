@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -15,7 +15,18 @@ FAREWELL = 10.0
 """Seconds that the rank that holds the store leaves others to come and read why they are refused."""
 
 
-def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+class Place(NamedTuple):
+    """Where ranks meet, as their launcher says."""
+
+    address: str
+    port: str
+    held: bool
+    """Whether the launcher holds a store there itself and keeps it when it starts its ranks anew, as torchrun does."""
+    attempt: str
+    """Which start of the ranks this is."""
+
+
+def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.Store:
     """A store that every rank of a launch has reached, each of them once and all expecting as many.
 
     Without this, ranks that were told different world sizes wait for each other until the time is over.
@@ -23,33 +34,33 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     Args:
         rank: of this process.
         world_size: ranks that this process expects.
+        place: where.
         timeout: how long to wait for the store and for all of them.
 
     Raises:
         ConfigError: on every rank that came: they expect different numbers, two have the same rank, some have not come
             in time, or the store cannot be reached.
     """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    place = f"{address}:{port}"
-    if not address or not port.isdigit():
+    where = f"{place.address}:{place.port}"
+    if not place.address or not place.port.isdigit():
         rule = "the launcher must say where ranks meet"
-        raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", place, rule, "start with torchrun"))
-    # torchrun holds a store itself, and keeps it when it starts its ranks anew.
-    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, "start with torchrun"))
+    holds = rank == 0 and not place.held
     try:
-        store = dist.TCPStore(address, int(port), None, holds, timeout, wait_for_workers=False, multi_tenant=True)
-        come = dist.PrefixStore(f"hopescale/{attempt}/come", store)
+        store = dist.TCPStore(
+            place.address, int(place.port), None, holds, timeout, wait_for_workers=False, multi_tenant=True
+        )
+        come = dist.PrefixStore(f"hopescale/{place.attempt}/come", store)
         refusal = _arrive(come, rank, world_size, timeout)
         if refusal is not None:
             _leave(come, world_size, holds)
     except dist.DistError as error:
         rule = f"rank {rank} cannot meet the others there: {str(error).splitlines()[0]}"
         fix = "see that it is the first node's address as all nodes know it, and that no firewall closes the port"
-        raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", place, rule, fix)) from None
+        raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, fix)) from None
     if refusal is not None:
         raise ConfigError(Problem("WORLD_SIZE", world_size, refusal, "start every node with the same numbers, once"))
-    return dist.PrefixStore(f"hopescale/{attempt}/group", store)
+    return dist.PrefixStore(f"hopescale/{place.attempt}/group", store)
 
 
 def _arrive(come: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str | None:

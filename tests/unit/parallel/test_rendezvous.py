@@ -12,25 +12,27 @@ import torch.distributed as dist
 
 from hopescale.errors import ConfigError
 from hopescale.parallel import rendezvous
-from hopescale.parallel.rendezvous import meet
+from hopescale.parallel.rendezvous import Place, meet
 
 
-@pytest.fixture(autouse=True)
-def place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(rendezvous, "FAREWELL", 1.0)
+    return Place("127.0.0.1", str(free_port()), held=False, attempt="0")
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(rendezvous, "FAREWELL", 1.0)
+        return free.getsockname()[1]
 
 
-def met(ranks: Sequence[tuple[int, int]], seconds: float = 30) -> list[dist.Store | str]:
+def met(place: Place, ranks: Sequence[tuple[int, int]], seconds: float = 30) -> list[dist.Store | str]:
     """What becomes of each (rank, world size): the store, or what it is told."""
 
     def one(rank: int, world_size: int) -> dist.Store | str:
         try:
-            return meet(rank, world_size, timedelta(seconds=seconds))
+            return meet(rank, world_size, place, timedelta(seconds=seconds))
         except ConfigError as error:
             return error.problems[0].rule
 
@@ -38,8 +40,8 @@ def met(ranks: Sequence[tuple[int, int]], seconds: float = 30) -> list[dist.Stor
         return list(pool.map(lambda each: one(*each), ranks))
 
 
-def test_ranks_that_expect_as_many_meet_in_one_store() -> None:
-    stores = met([(0, 3), (2, 3), (1, 3)])
+def test_ranks_that_expect_as_many_meet_in_one_store(place: Place) -> None:
+    stores = met(place, [(0, 3), (2, 3), (1, 3)])
     assert all(isinstance(store, dist.Store) for store in stores)
     assert isinstance(stores[0], dist.Store)
     assert isinstance(stores[1], dist.Store)
@@ -47,50 +49,45 @@ def test_ranks_that_expect_as_many_meet_in_one_store() -> None:
     assert stores[1].get("a") == b"b"
 
 
-def test_ranks_that_expect_other_numbers_are_all_told_who_expects_what() -> None:
+def test_ranks_that_expect_other_numbers_are_all_told_who_expects_what(place: Place) -> None:
     # Rank 1 would wait for a third one, rank 0 not even for rank 1.
-    told = met([(0, 2), (1, 3)])
+    told = met(place, [(0, 2), (1, 3)])
     assert told[0] == told[1]
     assert isinstance(told[0], str)
     assert "2 ranks are expected by rank 0" in told[0] or "2 by rank 0" in told[0]
     assert "3 ranks are expected by rank 1" in told[0] or "3 by rank 1" in told[0]
 
 
-def test_a_rank_that_comes_twice_is_named_to_all() -> None:
-    told = met([(0, 3), (1, 3), (1, 3)])
+def test_a_rank_that_comes_twice_is_named_to_all(place: Place) -> None:
+    told = met(place, [(0, 3), (1, 3), (1, 3)])
     assert len(set(map(str, told))) == 1
     assert "two processes are rank 1" in str(told[0])
 
 
-def test_ranks_that_stay_away_are_named_when_the_time_is_over() -> None:
-    told = met([(0, 12), (1, 12)], seconds=1)
+def test_ranks_that_stay_away_are_named_when_the_time_is_over(place: Place) -> None:
+    told = met(place, [(0, 12), (1, 12)], seconds=1)
     assert told == ["ranks that have not come in 1 s: 2, 3, 4, 5, 6, 7, 8, 9, ..."] * 2
 
 
-def test_a_place_that_cannot_be_reached_is_named() -> None:
-    with pytest.raises(
+def test_a_place_that_cannot_be_reached_is_named(place: Place) -> None:
+    said = r"MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:.*rank 1 cannot meet the others there"
+    with pytest.raises(ConfigError, match=said):
         ConfigError, match=r"MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:.*rank 1 cannot meet the others there"
     ):
-        meet(1, 2, timedelta(seconds=1))
+        meet(1, 2, place, timedelta(seconds=1))
 
 
 @pytest.mark.parametrize(("address", "port"), [("", "29500"), ("127.0.0.1", ""), ("127.0.0.1", "http")])
-def test_a_launcher_that_names_no_place_is_refused(monkeypatch: pytest.MonkeyPatch, address: str, port: str) -> None:
-    monkeypatch.setenv("MASTER_ADDR", address)
-    monkeypatch.setenv("MASTER_PORT", port)
+def test_a_launcher_that_names_no_place_is_refused(address: str, port: str) -> None:
     with pytest.raises(ConfigError, match="the launcher must say where ranks meet"):
-        meet(0, 2, timedelta(seconds=1))
+        meet(0, 2, Place(address, port, held=False, attempt="0"), timedelta(seconds=1))
 
 
-def test_ranks_started_anew_do_not_meet_those_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_started_anew_do_not_meet_those_of_before(place: Place) -> None:
     # The store outlives an attempt.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    assert store.port == port
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert all(isinstance(each, dist.Store) for each in met([(0, 2), (1, 2)]))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert all(isinstance(each, dist.Store) for each in met([(0, 3), (1, 3), (2, 3)]))
+    store = dist.TCPStore("127.0.0.1", int(place.port), None, True, wait_for_workers=False)
+    assert str(store.port) == place.port
+    held = place._replace(held=True)
+    assert all(isinstance(each, dist.Store) for each in met(held, [(0, 2), (1, 2)]))
+    again = held._replace(attempt="1")
+    assert all(isinstance(each, dist.Store) for each in met(again, [(0, 3), (1, 3), (2, 3)]))
