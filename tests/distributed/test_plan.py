@@ -38,7 +38,8 @@ def check(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: f
         for category, size in found["seen"].items():
             # The thread of a collective may let go of what it has sent after the next tensors are made.
             late = 0.01 * found["seen"]["total"] if category == "buffers" else 0
-            assert found["foreseen"][category] == pytest.approx(size, rel=0.1, abs=late), (cell, category)
+            off = abs(found["foreseen"][category] - size)
+            assert off <= 0.1 * size + late, (cell, category, found["foreseen"][category], size)
         # One piece at a time, of whatever engine, and what ranks tell each other about theirs.
         for act, size in found["to_checkpoint"].items():
             assert size < found["largest_parameter"] + 64 * 1024, (cell, act)

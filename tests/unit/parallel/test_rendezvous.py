@@ -72,8 +72,6 @@ def test_ranks_that_stay_away_are_named_when_the_time_is_over(place: Place) -> N
 def test_a_place_that_cannot_be_reached_is_named(place: Place) -> None:
     said = r"MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:.*rank 1 cannot meet the others there"
     with pytest.raises(ConfigError, match=said):
-        ConfigError, match=r"MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:.*rank 1 cannot meet the others there"
-    ):
         meet(1, 2, place, timedelta(seconds=1))
 
 
