@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.distributed import Work
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from hopescale.model.memory_stack import MemoryStack
 from hopescale.optim.flat_piece import FlatPiece
 
+LETTING_GO = 0.002
+"""Seconds after a collective."""
 OF_ENGINES = ("/torch/distributed/", "/deepspeed/", "/hopescale/optim/", "/hopescale/parallel/")
 """Sources whose tensors are buffers: gathered parameters, what collectives pack, and what the optimizer works in."""
 
@@ -96,8 +100,8 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[Ledger]:
-        """On, with fast weights and resized storages in its books."""
-        resize, write = UntypedStorage.resize_, MemoryStack.write
+        """On, with fast weights and resized storages in its books, and out of them in time what collectives sent."""
+        resize, write, wait = UntypedStorage.resize_, MemoryStack.write, Work.wait
 
         def resizing(storage: UntypedStorage, size: int) -> Any:
             done = resize(storage, size)
@@ -111,8 +115,17 @@ class Ledger(TorchDispatchMode):
                     self.file(tensor, "fast_state")
             return fast, figures
 
-        with patch.object(UntypedStorage, "resize_", resizing), patch.object(MemoryStack, "write", writing), self:
-            yield self
+        def waiting(work: Work, *args: Any, **kwargs: Any) -> bool:
+            done = wait(work, *args, **kwargs)
+            # gloo's thread lets go of what it has sent only when it gets the interpreter's lock, sooner or later.
+            time.sleep(LETTING_GO)
+            return done
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(UntypedStorage, "resize_", resizing))
+            stack.enter_context(patch.object(MemoryStack, "write", writing))
+            stack.enter_context(patch.object(Work, "wait", waiting))
+            yield stack.enter_context(self)
 
     def _note(self, storage: UntypedStorage, category: str | None = None) -> int:
         number = self._ids.get(id(storage))
