@@ -23,7 +23,7 @@ from .memory_flops import (
     writes_before,
 )
 from .objective_schema import ObjectiveConfig
-from .passes import Pass, active_frames, chunk_tokens, frame_by_frame, passes
+from .passes import Pass, active_frames, chunk_tokens, executed_passes, passes
 from .schema import MEMORIES, ModelConfig
 
 Recompute = Literal["none", "chunk", "block"]
@@ -51,10 +51,7 @@ def flops_executed(model: ModelConfig, objective: ObjectiveConfig, frames: int, 
         frames: stored frames of the clip.
         recompute: what backward runs again (`parallel.recompute`).
     """
-    calls = passes(model, objective, frames)
-    if model.cms.mode == "online":
-        calls = [single for call in calls for single in frame_by_frame(call)]
-    return _sum(_executed(model, call, recompute) for call in calls)
+    return _sum(_executed(model, call, recompute) for call in executed_passes(model, objective, frames))
 
 
 def flops_reference(model: ModelConfig, objective: ObjectiveConfig, frames: int, *, writes: bool = True) -> Flops:

@@ -74,6 +74,12 @@ def frame_by_frame(call: Pass) -> list[Pass]:
     ]
 
 
+def executed_passes(model: ModelConfig, objective: ObjectiveConfig, frames: int) -> list[Pass]:
+    """The same as `passes`, cut as this implementation runs them."""
+    calls = passes(model, objective, frames)
+    return [single for call in calls for single in frame_by_frame(call)] if model.cms.mode == "online" else calls
+
+
 def most_writes(model: ModelConfig, objective: ObjectiveConfig, frames: int) -> int:
     """Writes of a memory from a clip's start to the end of the pass that has made most; 0 where none are made."""
     if not (model.has_memory and model.memory.self_modify):

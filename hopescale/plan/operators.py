@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hopescale.model.flops import Recompute
 from hopescale.model.objective_schema import ObjectiveConfig
-from hopescale.model.passes import chunk_tokens, frame_by_frame, passes
+from hopescale.model.passes import chunk_tokens, executed_passes
 from hopescale.model.schema import ModelConfig
 
-# Counted by a dispatch mode (views included) in forward, at frames from 4 to 16; they hold within a sixth.
+# Counted by a dispatch mode (views included) in forward, at frames from 4 to 16; a step's sum holds within a fifth.
 ENDS = 45
 """Of a pass, outside its blocks: embeddings, projection, loss."""
 OF_A_PASS = {"S": 105, "T": 110, "H": 25, "U": 75}
@@ -29,12 +29,9 @@ def operators(model: ModelConfig, objective: ObjectiveConfig, frames: int, recom
         frames: stored frames of a clip.
         recompute: what backward runs again.
     """
-    calls = passes(model, objective, frames)
-    if model.cms.mode == "online":
-        calls = [single for call in calls for single in frame_by_frame(call)]
     longterm = LONGTERM if model.longterm is not None else 0
     forward = 0.0
-    for call in calls:
+    for call in executed_passes(model, objective, frames):
         chunks = len(chunk_tokens(model, call.frames))
         forward += ENDS
         for kind in model.block_pattern:
