@@ -121,6 +121,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         attempt.say("running")
         check_agreement({"configuration": config_hash(config), "code": code_hash(), "data": data.fingerprint()})
         report_unread(config, data)
+        if launch.is_first:
+            report_uneven(config, launch)
         engine = build(config, device, launch.world_size)
         checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
         batches = global_batches(config, launch, device, data, attempt)
@@ -163,6 +165,13 @@ def report_unread(config: Config, data: ClipReader) -> None:
         logger.info("the %d numbers of the extrinsics are not read: model.extrinsics_dim=0", data.extrinsics_dim)
     if config.model.extrinsics_dim and not data.extrinsics_dim:
         logger.info("the clips have no extrinsics: model.extrinsics_dim=%d zeros", config.model.extrinsics_dim)
+
+
+def report_uneven(config: Config, launch: Launch) -> None:
+    """Say so where shards pad most parameters."""
+    remark = Spread(config, model_of(config), launch.world_size).uneven_shards()
+    if remark is not None:
+        logger.warning("%s", remark)
 
 
 def run_info(config: Config, attempt: Attempt) -> dict[str, str]:
@@ -222,9 +231,6 @@ def build(config: Config, device: torch.device, world_size: int) -> Engine:
         logger.info("%s", routing_table(engine.optimizer.param_groups))
         for schedule in engine.optimizer.schedules():
             logger.info("%s", schedule_table(schedule))
-        uneven = Spread(config, model_of(config), world_size).uneven_shards()
-        if uneven is not None:
-            logger.warning("%s", uneven)
     return engine
 
 
