@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shard import shard
+from tests.benchmarks.launched import launched
 from tests.feature_folders import write_features
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
-PROGRAM, DEMO_PROGRAM = (Path(__file__).with_name(f"{name}_ranks.py") for name in ("engines", "demo"))
 TARGETS = {
     "fsdp": 0.95,
     "hsdp": 0.90,
@@ -40,9 +36,7 @@ BESIDE = 0.01
 def measure(ranks: int, rounds: int) -> dict[str, Any]:
     """What the ranks saw, by engine."""
     engines = ["ddp", *(name for name in TARGETS if name != "hsdp" or ranks > 2)]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = (f"parallel={name}" for name in engines)
-        seen = launched(ranks, PROGRAM, Path(folder) / "seen.json", str(rounds), *settings)
+    seen = launched(ranks, "engines_ranks.py", str(rounds), *(f"parallel={name}" for name in engines))
     return {name.removeprefix("parallel="): each for name, each in seen.items()}
 
 
@@ -53,7 +47,7 @@ def beside_computing() -> list[dict[str, Any]]:
         features = write_features(folder / "features", per_split=48, grid=(8, 8), channels=112, lengths=(8,))
         shard(features, folder / "data")
         settings = ["experiment=demo", f"data.path={folder / 'data'}", f"run.dir={folder / 'run'}", *DEMO]
-        seen = launched(2, DEMO_PROGRAM, folder / "seen.json", *settings)
+        seen = launched(2, "demo_ranks.py", *settings)
     shares = {"data": seen["data"], "metrics and control": seen["metrics"] + seen["control"]}
     targets = {"metrics and control": BESIDE}
     return [
@@ -65,14 +59,6 @@ def beside_computing() -> list[dict[str, Any]]:
         }
         for what, share in shares.items()
     ]
-
-
-def launched(ranks: int, program: Path, out: Path, *arguments: str) -> Any:
-    """What a program run by torchrun leaves in a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(program), str(out), *arguments], cwd=REPO_ROOT, env=environment, check=True)
-    return json.loads(out.read_text())
 
 
 def rows(ranks: int, seen: dict[str, Any]) -> list[dict[str, Any]]:

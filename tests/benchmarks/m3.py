@@ -10,10 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +18,10 @@ from hopescale.config.compose import load_config
 from hopescale.optim.schema import OptimizerConfig
 from hopescale.plan.optimizer import plan_optimizer
 from hopescale.plan.spread import Spread, model_of
+from tests.benchmarks.launched import launched
 from tests.benchmarks.m3_contenders import SHAPES, gradients, ours
 from tests.benchmarks.turns import ratio_in_turns
 
-PROGRAM = Path(__file__).with_name("m3_ranks.py")
 MODELS = {"43 M": "phase4", "1 B": "hope_1b", "2 B": "hope_2b"}
 WORLDS = ((8, 1), (64, 1), (512, 1), (8, 8), (8, 64))
 
@@ -78,11 +74,7 @@ def levels(rounds: int) -> list[dict[str, Any]]:
 
 def on_ranks(ranks: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of a torchrun of `m3_ranks.py`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seen.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-        subprocess.run([*command, str(PROGRAM), str(out), str(rounds)], check=True)
-        seen = json.loads(out.read_text())
+    seen = launched(ranks, "m3_ranks.py", str(rounds))
     found = []
     for case in seen["contenders"]:
         where = f"{ranks} ranks, {case['precision']}, {case['placement']}"

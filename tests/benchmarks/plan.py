@@ -12,9 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,9 @@ from hopescale.config.compose import load_config
 from hopescale.plan.hardware import PRESETS, Hardware, fit
 from hopescale.plan.job import Job, job_of
 from hopescale.plan.step_time import work_of
+from tests.benchmarks.launched import launched
 from tests.benchmarks.plan_ranks import CELLS, settings_of
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).with_name("plan_ranks.py")
 RANKS = (1, 2, 4)
 WITHIN = 0.15
 
@@ -40,16 +36,6 @@ def jobs(ranks: int, hardware: Hardware) -> dict[str, Job]:
     }
 
 
-def measure(ranks: int, rounds: int) -> dict[str, float]:
-    """Seconds of a step, by settings."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seen.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-        environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(PROGRAM), str(out), str(rounds)], cwd=REPO_ROOT, env=environment, check=True)
-        return json.loads(out.read_text())
-
-
 def main() -> None:
     """Measure, fit, foresee and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     base = replace(PRESETS["cpu"], devices=cores)
-    seconds = {ranks: measure(ranks, arguments.rounds) for ranks in RANKS}
+    seconds = {ranks: launched(ranks, "plan_ranks.py", str(arguments.rounds)) for ranks in RANKS}
     known = [
         (work_of(job.step), seconds[ranks][cell]) for ranks in RANKS[:-1] for cell, job in jobs(ranks, base).items()
     ]
