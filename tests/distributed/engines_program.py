@@ -28,6 +28,7 @@ from hopescale.optim.flat_piece import FlatPiece
 from hopescale.optim.m3 import M3
 from hopescale.optim.routing import parameter_groups
 from hopescale.parallel import deepspeed
+from hopescale.parallel.agreement import decide_on_first
 from hopescale.parallel.engine import Engine, TorchEngine
 from hopescale.parallel.process_group import Launch, choose_device, end_process, process_group, read_launch
 from hopescale.train import build
@@ -88,16 +89,14 @@ def run(engine: Engine, config: Config, steps: range, rank: int, world_size: int
     of aims has no gradient, and those that the last of these batches has left must be gone.
     """
     losses, norms = [], []
+    not_aiming = config.objective.model_copy(update={"jump_weight": 0.0})
     for step in steps:
-        whole_objective = config
-        if step >= SAVED_AT:
-            config = config.model_copy(update={"objective": config.objective.model_copy(update={"jump_weight": 0.0})})
-        share = batches(config, step, rank, world_size)
         if step in BROKEN_BEFORE:
             broken = batches(config, step, rank, world_size)
             broken.micro[0].features[0, 0] = torch.inf
-            assert train_step(engine, broken, whole_objective, attempt=step, step=step).skipped
-        result = train_step(engine, share, config, attempt=step, step=step)
+            assert train_step(engine, broken, config, attempt=step, step=step).skipped
+        trained = config if step < SAVED_AT else config.model_copy(update={"objective": not_aiming})
+        result = train_step(engine, batches(config, step, rank, world_size), trained, attempt=step, step=step)
         objective = result.objective
         if world_size > 1:
             dist.all_reduce(objective)
@@ -119,9 +118,7 @@ def reference_of(config: Config) -> tuple[list[float], list[float], dict[str, Te
 
 def kept(path: Path, train: Callable[[], Any]) -> Any:
     """What an earlier launch has trained, or what is trained now, for later ones."""
-    exists = [path.exists()]
-    dist.broadcast_object_list(exists, src=0)
-    if exists[0]:
+    if decide_on_first(path.exists):
         return torch.load(path, weights_only=True)
     made = train()
     if dist.get_rank() == 0:
@@ -140,7 +137,14 @@ def full(tensor: Tensor) -> Tensor:
     return made.view(tensor.shape)
 
 
-def layout_seen(engine: Engine) -> dict[str, Any]:
+def kept_whole(model: torch.nn.Module, config: Config) -> int:
+    """Numbers of parameters that stage 3 leaves on every rank."""
+    limit = config.parallel.zero_optimization.get("stage3_param_persistence_threshold", KEPT_WHOLE)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
+    return sum(size for size in sizes if size <= limit)
+
+
+def layout_seen(engine: Engine, config: Config) -> dict[str, Any]:
     """How parameters and states lie, from the tensors themselves."""
     held = [
         (p, tensor)
@@ -161,6 +165,7 @@ def layout_seen(engine: Engine) -> dict[str, Any]:
         "placements": sorted(placements),
         "local_share": local / sum(t.numel() for _, t in held),
         "model_share": in_model / numel,
+        "kept_share": kept_whole(engine.model, config) / numel,
         "zero": zero_stage(engine),
     }
 
@@ -205,7 +210,7 @@ def compare(
         "names": sorted(found.keys() ^ expected.keys()),
         "errors": {name: distance(found[name], tensor) for name, tensor in expected.items() if name in found},
         "never_moved": [name for name, tensor in first.items() if torch.equal(found[name], tensor)],
-        **layout_seen(engine),
+        **layout_seen(engine, config),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,11 +18,8 @@ from hopescale.parallel.schema import ParallelConfig
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks", "deepspeed")]
 
 
-def started(data: Path, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def started(data: Path, run: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The launcher of DeepSpeed, on two ranks of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [launcher, "--num_gpus", "2", "--master_port", str(port), *arguments]
     settings = ["train.steps=2", "train.global_batch=3", "metrics.port=0", "metrics.tensorboard=false"]
@@ -32,17 +28,17 @@ def started(data: Path, run: Path, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
-def test_its_own_launcher_starts_a_run(demo_shaped_data: Path, tmp_path: Path) -> None:
+def test_its_own_launcher_starts_a_run(demo_shaped_data: Path, tmp_path: Path, free_port: int) -> None:
     arguments = ("--no_local_rank", "--module", "hopescale.train")
-    ended = started(demo_shaped_data, tmp_path / "run", *arguments)
+    ended = started(demo_shaped_data, tmp_path / "run", free_port, *arguments)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "finished at step 2 of 2" in ended.stderr
     assert "untested optimizer" not in ended.stdout + ended.stderr
     assert "is deprecated" not in ended.stdout + ended.stderr
 
 
-def test_the_flag_it_adds_is_named(demo_shaped_data: Path, tmp_path: Path) -> None:
-    ended = started(demo_shaped_data, tmp_path / "run", "--module", "hopescale.train")
+def test_the_flag_it_adds_is_named(demo_shaped_data: Path, tmp_path: Path, free_port: int) -> None:
+    ended = started(demo_shaped_data, tmp_path / "run", free_port, "--module", "hopescale.train")
     assert ended.returncode != 0
     assert "error: --local_rank=0" in ended.stdout + ended.stderr
     assert "Fix: start with `deepspeed --no_local_rank" in ended.stdout + ended.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,8 @@ import pytest
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 
 
-def test_nodes_of_other_world_sizes_are_told_so(demo_shaped_data: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+def test_nodes_of_other_world_sizes_are_told_so(demo_shaped_data: Path, tmp_path: Path, free_port: int) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     settings = ["experiment=demo", f"data.path={demo_shaped_data}", f"run.dir={tmp_path / 'run'}", "metrics.port=0"]
     command = [sys.executable, "-m", "hopescale.train", *settings, "metrics.tensorboard=false"]
     # Two nodes of one rank each, of which the second was told that there are three.

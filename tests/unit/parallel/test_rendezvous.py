@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -16,15 +15,9 @@ from hopescale.parallel.rendezvous import Place, meet
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(monkeypatch: pytest.MonkeyPatch, free_port: int) -> Place:
     monkeypatch.setattr(rendezvous, "FAREWELL", 1.0)
-    return Place("127.0.0.1", str(free_port()), held=False, attempt="0")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return Place("127.0.0.1", str(free_port), held=False, attempt="0")
 
 
 def met(place: Place, ranks: Sequence[tuple[int, int]], seconds: float = 30) -> list[dist.Store | str]:

@@ -175,7 +175,7 @@ def test_a_file_that_cannot_be_read_says_how_to_get_one(tmp_path: Path, text: st
 def test_rates_are_found_again_from_the_steps_they_make(factors: tuple[float, ...]) -> None:
     true = [f * rate for f, rate in zip(factors, (1e12, 1e10, 1e-5, 1e9, 1e-3), strict=True)]
     found = fit(PRESETS["cpu"], timed(TOLD_APART, *true), 4)
-    assert rates(found) == pytest.approx(tuple(true), rel=1e-5)
+    assert rates(found) == pytest.approx(tuple(true), rel=1e-6)
 
 
 def test_a_fit_keeps_what_no_step_tells() -> None:
