@@ -21,11 +21,14 @@ def shard_model(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
     over ranks, not averaged: losses are already divided by the size of the global batch, so ranks with fewer clips need
     no correction.
     """
+    names = mesh.mesh_dim_names or ()
     for module in (*blocks, model):
-        if config.engine == "ddp":
+        # FSDP2 would shard over a mesh of one axis whatever its name.
+        if config.engine == "ddp" or SHARDS not in names:
             replicate(module, mesh=mesh)
         else:
-            _shard(module, mesh, config.reshard_after_forward and module is not model)
+            degree = mesh.size(names.index(SHARDS))
+            _shard(module, mesh, degree, config.reshard_after_forward and module is not model)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_force_sum_reduction_for_comms(True)
@@ -34,9 +37,7 @@ def shard_model(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
         _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config.prefetch)
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
-    names = mesh.mesh_dim_names or ()
-    degree = mesh.size(names.index(SHARDS)) if SHARDS in names else 1
+def _shard(module: nn.Module, mesh: DeviceMesh, degree: int, reshard_after_forward: bool) -> None:
     fully_shard(
         module,
         mesh=mesh,

@@ -24,6 +24,8 @@ OF_TWO = [
     f"parallel=deepspeed_zero3 {WHOLE_BATCH} {STORED} +longterm",
     "optimizer=adamw parallel=deepspeed_zero3",
     f"optimizer=adamw parallel=deepspeed_zero2 parallel.offload_optimizer=true {WHOLE_BATCH} {STORED}",
+    # Two copies of one shard.
+    "parallel=hsdp",
 ]
 """Each pair of engine, optimizer, accumulation and recompute at least once; `--full` takes them all."""
 OTHERS = [
@@ -74,7 +76,8 @@ def test_engines_on_two_ranks_train_as_one_process_and_go_on_from_each_other(tor
         f"optimizer=adamw parallel=ddp < {saved[8]}",
     ]
     seen = run(torchrun, 2, tmp_path / "seen.json", [*OF_TWO, *crossed, *OTHERS])
-    assert seen["parallel=ddp"]["placements"] == ["(Replicate(),)"]
+    for copies in ("parallel=ddp", "parallel=hsdp"):
+        assert seen[copies]["placements"] == ["(Replicate(),)"]
     # Any number of ranks goes on from what two have left.
     alone = [f"parallel=fsdp +longterm < {saved[7]}", f"parallel=deepspeed_zero2 {WHOLE_BATCH}"]
     run(torchrun, 1, tmp_path / "one.json", alone)
@@ -86,7 +89,7 @@ def test_engines_on_two_ranks_train_as_one_process_and_go_on_from_each_other(tor
 @pytest.mark.parametrize("optimizer", ["m3", "adamw"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_combination(torchrun, tmp_path: Path, num_ranks: int, optimizer: str) -> None:
-    engines = ["ddp", "fsdp", *(["hsdp"] if num_ranks == 4 else []), *(f"deepspeed_zero{n}" for n in range(4))]
+    engines = ["ddp", "fsdp", "hsdp", *(f"deepspeed_zero{n}" for n in range(4))]
     cells = [
         f"optimizer={optimizer} parallel={engine} {batch} parallel.recompute={recompute} +rollout"
         for engine in engines
