@@ -24,6 +24,7 @@ from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager, step_folder
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
+from hopescale.parallel.agreement import Together
 from hopescale.parallel.engine import Engine
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.plan.job import job_of
@@ -142,6 +143,9 @@ def look(cell: str, device: torch.device, world_size: int, folder: Path) -> dict
     ledger = open_ledger(engine, earlier)
     hooks = file_gradients(engine, ledger)
     with ledger.watching():
+        # What the trainer adds to taking a batch.
+        with Together():
+            pass
         train_step(engine, batch, config, attempt=2, step=2)
     for hook in hooks:
         hook.remove()

@@ -347,7 +347,7 @@ def test_json_has_the_job_beside_the_model() -> None:
     assert (found["engine"], found["hardware"]["name"], found["fits"]) == ("fsdp", "cpu", True)
     assert found["memory"]["none"]["total"] > found["memory"]["chunk"]["total"] > found["memory"]["block"]["total"]
     assert found["seconds"]["total"] == pytest.approx(sum(found["seconds"][name] for name in PARTS))
-    assert [each["what"] for each in found["collectives"]] == ["parameters", "gradients", "norms", "M3"]
+    assert [each["what"] for each in found["collectives"]] == [*("parameters", "gradients", "norms", "M3", "control")]
 
 
 def test_a_sweep_is_one_table_or_one_object() -> None:

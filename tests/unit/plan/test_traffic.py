@@ -48,8 +48,12 @@ def over(config: Config, engine: str, **parallel: Any) -> Config:
 def sent_with(
     engine: str, world_size: int, *overrides: str, share: Share = AT_ONCE, **parallel: Any
 ) -> list[Collective]:
-    """By the toy model, of which a clip takes two passes: teacher and jump."""
-    return collectives(Spread(over(small(*overrides), engine, **parallel), toy(), world_size), None, share, FRAMES)
+    """By the toy model, of which a clip takes two passes: teacher and jump; but for the word that every step sends."""
+    found = collectives(Spread(over(small(*overrides), engine, **parallel), toy(), world_size), None, share, FRAMES)
+    if world_size > 1:
+        sent = round(4 * 2 * (world_size - 1) / world_size)
+        assert found.pop() == Collective("control", "all_reduce", world_size, 1, 1, 4, sent)
+    return found
 
 
 @pytest.mark.parametrize(
