@@ -43,7 +43,8 @@ def read_launch() -> Launch:
     """Read the variables of torchrun or deepspeed; without them this is a run of one rank.
 
     Raises:
-        ConfigError: some of the variables are set and others are not, or one is not a number.
+        ConfigError: some of the variables are set and others are not, or one is not a number, or a rank is not below
+            how many there are.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -52,7 +53,7 @@ def read_launch() -> Launch:
         given.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     if not given:
         return Launch()
-    bad = [name for name in names if not given.get(name, "").isdigit()]
+    bad = [name for name in names if not given.get(name, "").isdecimal()]
     if bad:
         raise ConfigError(
             [
@@ -62,16 +63,33 @@ def read_launch() -> Launch:
                 for name in bad
             ]
         )
-    return Launch(*(int(given[name]) for name in names), launched=True)
+    launch = Launch(*(int(given[name]) for name in names), launched=True)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(given[rank]) >= int(given[size]):
+            rule = f"ranks count from 0 to {size}={given[size]} less 1"
+            raise ConfigError(Problem(rank, given[rank], rule, "start every node with the same numbers, once"))
+    return launch
 
 
 def read_place() -> Place:
-    """Read where the launcher lets ranks meet."""
+    """Read where the launcher lets ranks meet.
+
+    Raises:
+        ConfigError: torchrun may start the ranks of several nodes anew around one store. Its agents count restarts each
+            for itself, so that ranks would meet what an earlier round has left there.
+    """
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts, nodes = (os.environ.get(name, "0") for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if held and int(nodes) > 1 and int(restarts) > 0:
+        rule = f"must be 1 where torchrun may start ranks of {nodes} nodes anew (--max-restarts {restarts})"
+        fix = "export it on every node, with --rdzv-backend c10d; or start with --max-restarts 0"
+        name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        raise ConfigError(Problem(name, os.environ.get(name), rule, fix))
     return Place(
         address=os.environ.get("MASTER_ADDR", ""),
         port=os.environ.get("MASTER_PORT", ""),
-        held=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        held=held,
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if held else "0",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where ranks first meet: all come, or all learn within seconds why they do not fit together."""
+"""Where ranks first meet: all come, or those who came learn why they do not fit together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from hopescale.errors import ConfigError, Problem
 
-FAREWELL = 10.0
-"""Seconds that the rank that holds the store leaves others to come and read why they are refused."""
+FAREWELL = 20.0
+"""Most seconds that the rank that holds the store leaves others to come and read why they are refused."""
+PORTS = range(1, 1 << 16)
 
 
 class Place(NamedTuple):
@@ -20,10 +21,10 @@ class Place(NamedTuple):
 
     address: str
     port: str
-    held: bool
+    held: bool = False
     """Whether the launcher holds a store there itself and keeps it when it starts its ranks anew, as torchrun does."""
-    attempt: str
-    """Which start of the ranks this is."""
+    attempt: str = "0"
+    """Which start of the ranks this is, where the launcher keeps its store."""
 
 
 def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.Store:
@@ -39,11 +40,11 @@ def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.S
 
     Raises:
         ConfigError: on every rank that came: they expect different numbers, two have the same rank, some have not come
-            in time, or the store cannot be reached.
+            in time, or the store cannot be reached. Ranks that have met already go on; who comes later is refused.
     """
     where = f"{place.address}:{place.port}"
-    if not place.address or not place.port.isdigit():
-        rule = "the launcher must say where ranks meet"
+    if not place.address or not place.port.isdecimal() or int(place.port) not in PORTS:
+        rule = "the launcher must say where ranks meet, an address and a port from 1 to 65535"
         raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, "start with torchrun"))
     holds = rank == 0 and not place.held
     try:
@@ -53,10 +54,12 @@ def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.S
         come = dist.PrefixStore(f"hopescale/{place.attempt}/come", store)
         refusal = _arrive(come, rank, world_size, timeout)
         if refusal is not None:
-            _leave(come, world_size, holds)
+            _leave(come, rank, holds)
     except dist.DistError as error:
         rule = f"rank {rank} cannot meet the others there: {str(error).splitlines()[0]}"
         fix = "see that it is the first node's address as all nodes know it, and that no firewall closes the port"
+        if "EADDRINUSE" in rule:
+            fix = "choose another port, or end the launch that uses it"
         raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, fix)) from None
     if refusal is not None:
         raise ConfigError(Problem("WORLD_SIZE", world_size, refusal, "start every node with the same numbers, once"))
@@ -64,29 +67,35 @@ def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.S
 
 
 def _arrive(come: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str | None:
-    """Wait for the others; returns why they cannot go on together."""
-    host = socket.gethostname()
+    """Wait for the others; returns why they, or this rank, cannot go on together."""
+    host, misfit = socket.gethostname(), None
     first = come.compare_set("first", "", f"{world_size} ranks are expected by rank {rank} on {host}").decode()
+    largest = come.compare_set("largest", "", str(world_size))
+    while int(largest) < world_size:
+        largest = come.compare_set("largest", largest.decode(), str(world_size))
     if first.split()[0] != str(world_size):
-        come.compare_set("outcome", "", f"{first}, and {world_size} by rank {rank} on {host}")
+        misfit = f"{first}, and {world_size} by rank {rank} on {host}"
     elif come.add(f"rank/{rank}", 1) > 1:
-        come.compare_set("outcome", "", f"two processes are rank {rank}, the second on {host}")
+        misfit = f"two processes are rank {rank}, the second on {host}"
     elif come.add("count", 1) == world_size:
         come.compare_set("outcome", "", "all")
+    if misfit is not None:
+        come.compare_set("outcome", "", misfit)
     try:
         come.wait(["outcome"], timeout)
     except dist.DistStoreError:
         away = [other for other in range(world_size) if not come.check([f"rank/{other}"])]
         shown = ", ".join(map(str, away[:8])) + (", ..." if len(away) > 8 else "")
-        come.compare_set("outcome", "", f"ranks that have not come in {timeout.total_seconds():g} s: {shown}")
+        come.compare_set("outcome", "", f"ranks that did not come within {timeout.total_seconds():g} s: {shown}")
     outcome = come.get("outcome").decode()
-    return None if outcome == "all" else outcome
+    # All may have met before one that does not fit comes.
+    return misfit if outcome == "all" else outcome
 
 
-def _leave(come: dist.Store, world_size: int, holds: bool) -> None:
-    """Go after having read a refusal, the rank that holds the store last."""
+def _leave(come: dist.Store, rank: int, holds: bool) -> None:
+    """Go after having read a refusal; the rank that holds the store when the largest launch named can have read it."""
     until = time.monotonic() + FAREWELL
-    told = come.add("told", 1)
-    while holds and told < world_size and time.monotonic() < until:
+    if come.add(f"told/{rank}", 1) == 1:
+        come.add("told", 1)
+    while holds and come.add("told", 0) < int(come.get("largest")) and time.monotonic() < until:
         time.sleep(0.1)
-        told = come.add("told", 0)

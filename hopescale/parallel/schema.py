@@ -76,7 +76,7 @@ class ParallelConfig(BaseModel):
     threads_per_rank: PositiveInt | None = None
     """CPU threads of one rank; null shares the cores a process may use evenly among the ranks of a node."""
     timeout_seconds: PositiveFloat = 600.0
-    """How long a collective may wait for a rank before the run fails."""
+    """How long ranks wait for each other, at the start and in a collective, before the run fails."""
 
     def problems(self) -> Iterator[Problem]:
         """What does not fit together, or would be ignored."""
