@@ -164,7 +164,7 @@ def fit(base: Hardware, steps: Sequence[tuple[Work, float]], ranks: int) -> Hard
     squares of relative errors, none of the five negative; one that the steps do not tell from the others takes no time.
 
     Args:
-        base: gives the other figures.
+        base: gives the other figures; no operator is taken to hide behind another's work.
         steps: work and seconds of each; of one rank alone, and of several.
         ranks: most that any of them had.
     """

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hopescale.model.flops import Recompute
 from hopescale.model.objective_schema import ObjectiveConfig
-from hopescale.model.passes import chunk_tokens, executed_passes
+from hopescale.model.passes import Pass, chunk_tokens, executed_passes, passes
 from hopescale.model.schema import ModelConfig
 
-# Counted by a dispatch mode (views included) in forward, at frames from 4 to 16; a step's sum holds within a fifth.
-ENDS = 45
-"""Of a pass, outside its blocks: embeddings, projection, loss."""
-OF_A_PASS = {"S": 105, "T": 110, "H": 25, "U": 75}
-"""Of a block in a pass: all of attention, and what memories do once."""
-OF_A_CHUNK = {"S": 0, "T": 0, "H": 180, "U": 190}
-"""Of a block in each chunk that its memories read and write."""
-LONGTERM = 170
-"""More of a chunk where a long-term memory is read and written."""
-TIMES = {"none": 2.35, "chunk": 3.25, "block": 3.65}
-"""Operators of forward and backward to those of forward, with what is run again."""
+KEPT = {
+    "ends": 96,
+    "S": 214,
+    "T": 220,
+    "H": 144,
+    "U": 306,
+    "read": 106,
+    "keys": 102,
+    "write": 247,
+    "longterm": 341,
+    "online": 170,
+}
+COUNTS: dict[Recompute, dict[str, int]] = {
+    "none": KEPT,
+    "chunk": KEPT | {"write": 420},
+    "block": {
+        "ends": 82,
+        "S": 346,
+        "T": 360,
+        "H": 290,
+        "U": 568,
+        "read": 160,
+        "keys": 111,
+        "write": 404,
+        "longterm": 522,
+        "online": 254,
+    },
+}
+"""Operators of forward and backward, fitted to what a dispatch mode counts, views included: of what is outside the
+blocks, of a block in each pass by its kind, and of its memories for each chunk they read, take keys, values and rates
+from, or write, for each chunk of a long-term memory and each frame of an online CMS. A sum holds within a tenth."""
 
 
 def operators(model: ModelConfig, objective: ObjectiveConfig, frames: int, recompute: Recompute) -> float:
@@ -29,11 +51,21 @@ def operators(model: ModelConfig, objective: ObjectiveConfig, frames: int, recom
         frames: stored frames of a clip.
         recompute: what backward runs again.
     """
-    longterm = LONGTERM if model.longterm is not None else 0
-    forward = 0.0
+    done = Counter(ends=len(passes(model, objective, frames)))
     for call in executed_passes(model, objective, frames):
-        chunks = len(chunk_tokens(model, call.frames))
-        forward += ENDS
-        for kind in model.block_pattern:
-            forward += OF_A_PASS[kind] + (OF_A_CHUNK[kind] + longterm if OF_A_CHUNK[kind] else 0) * chunks
-    return forward * TIMES[recompute]
+        done.update(model.block_pattern)
+        for _ in range(sum(kind in "HU" for kind in model.block_pattern)):
+            done.update(_of_memories(model, call))
+    return float(sum(COUNTS[recompute][what] * times for what, times in done.items()))
+
+
+def _of_memories(model: ModelConfig, call: Pass) -> dict[str, int]:
+    """What a block's memories do in a pass; what the last chunk would write only a later pass reads."""
+    chunks, learns = len(chunk_tokens(model, call.frames)), bool(model.memory.self_modify)
+    return {
+        "read": chunks,
+        "keys": chunks * learns,
+        "write": (chunks - (not call.keep_state)) * learns,
+        "longterm": chunks if model.longterm is not None else 0,
+        "online": int(model.cms.mode == "online"),
+    }

@@ -170,12 +170,12 @@ class Spread:
             return None
         shards = self.degrees.shard
         said = f"a rank holds and sends {self.padding:.1f} times an even share: {shards} shards do not divide most"
-        for fewer in sorted((n for n in range(1, self.world_size) if self.world_size % n == 0), reverse=True):
+        for fewer in (n for n in range(shards - 1, 1, -1) if self.world_size % n == 0):
             parallel = self.config.parallel.model_copy(update={"shard": fewer, "replicate": None})
             config = self.config.model_copy(update={"parallel": parallel})
             if Spread(config, self.model, self.world_size).padding <= UNEVEN:
                 return f"{said} parameters; parallel=fsdp parallel.shard={fewer} would"
-        return f"{said} parameters"
+        return f"{said} parameters; another number of ranks would"
 
     def is_kept_whole(self, parameter: Parameter) -> bool:
         """Whether ZeRO 3 leaves a parameter on every rank."""

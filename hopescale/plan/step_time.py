@@ -63,9 +63,11 @@ class StepTime:
     exchange: float
     """Collectives of M3."""
     communication: float
-    """Collectives of parameters, gradients and norms, hidden or not."""
+    """Other collectives: of parameters and gradients, hidden or not, of norms and of the control word."""
     exposed: float
     """What of them does not hide behind forward and backward."""
+    handing_out: float
+    """Handing out all operators of forward and backward, whether or not the device has work meanwhile."""
 
     @property
     def total(self) -> float:
@@ -74,13 +76,18 @@ class StepTime:
 
     @property
     def bottleneck(self) -> str:
-        """What takes longest."""
-        longest = max(PARTS, key=lambda name: getattr(self, name))
+        """What takes longest: launching is all of forward and backward where a device that queues waits for work."""
+        seconds = {name: getattr(self, name) for name in PARTS}
+        if self.launching:
+            seconds["launching"] = self.handing_out
+        longest = max(PARTS, key=lambda name: seconds[name])
         return "communication" if longest == "exposed" else longest
 
 
 PARTS = ("products", "elementwise", "launching", "update", "exchange", "exposed")
 """Of a step, one after the other."""
+WAITED_FOR = {"M3": "M3", "norms": "waited for", "control": "waited for"}
+"""Collectives with nothing to do meanwhile."""
 
 
 def step_time(step: Step) -> StepTime:
@@ -91,10 +98,10 @@ def step_time(step: Step) -> StepTime:
     elementwise = moved / (hardware.memory_bandwidth * step.memory_part)
     handing_out = launched(step) * hardware.operator_latency / part
     launching = max(0.0, handing_out - products - elementwise) if hardware.queues else handing_out
-    seconds = {"M3": 0.0, "others": 0.0}
+    seconds = {"M3": 0.0, "waited for": 0.0, "others": 0.0}
     for each in step.collectives:
         spent = collective_seconds(each, hardware, step.ranks_of_node) / part
-        seconds["M3" if each.what == "M3" else "others"] += spent
+        seconds[WAITED_FOR.get(each.what, "others")] += spent
     hidden = hardware.overlap * (products + elementwise + launching)
     orthogonalised, touched = update(step.spread, step.schedule)
     precision = "fp32" if step.schedule is None else step.schedule.newton_schulz.precision
@@ -105,8 +112,9 @@ def step_time(step: Step) -> StepTime:
         update=orthogonalised / (hardware.rate(precision) * part)
         + touched / (hardware.memory_bandwidth * step.memory_part),
         exchange=seconds["M3"],
-        communication=seconds["others"],
-        exposed=max(0.0, seconds["others"] - hidden),
+        communication=seconds["others"] + seconds["waited for"],
+        exposed=seconds["waited for"] + max(0.0, seconds["others"] - hidden),
+        handing_out=handing_out,
     )
 
 

@@ -65,6 +65,7 @@ def _time(job: Job) -> list[str]:
         )
     )
     hidden = time.communication - time.exposed
+    eager = "; what compiled blocks save of that is not known" if job.config.parallel.compile else ""
     return [
         f"A step takes {seconds(time.total)}, mostly {time.bottleneck}: {parts} ({seconds(hidden)} more are hidden)",
         f"  {job.clips_per_second:,.1f} clips/s; a node reads {job.read_per_node / 1e6:,.1f} MB/s of fp16 features",
@@ -73,7 +74,7 @@ def _time(job: Job) -> list[str]:
         f"{hardware.link_latency * 1e6:g} us a collective inside "
         f"a node, {hardware.network_bandwidth / 1e9:g} GB/s and {hardware.network_latency * 1e6:g} us between nodes, "
         f"{hardware.overlap:.0%} of forward and backward to hide behind, "
-        f"{hardware.operator_latency * 1e6:g} us to hand an operator out",
+        f"{hardware.operator_latency * 1e6:g} us to hand an operator out{eager}",
         f"  {_standing(job)}",
     ]
 

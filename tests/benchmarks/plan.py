@@ -2,8 +2,9 @@
 
 `python tests/benchmarks/plan.py [--rounds 5] [--hardware FILE] [--json FILE]` measures steps of several engines, models
 and batches on 1, 2 and 4 gloo ranks of one thread each, fits rates of products, memory and the link to those of 1 and 2
-ranks, and prints what they foresee of those of 4; with `--hardware` also a file for `hopescale plan hardware=FILE`,
-with `--json` a list of {name, ratio, target, met}. Nothing asserts these numbers.
+ranks, with what operators and collectives take to begin, and prints what they foresee of those of 4; with `--hardware`
+also a file for `hopescale plan hardware=FILE`, with `--json` a list of {name, ratio, target, met}. Nothing asserts
+these numbers.
 """
 
 from __future__ import annotations

@@ -182,6 +182,12 @@ def off(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-9) if math.isfinite(a) else math.inf for a, b in pairs)
 
 
+def moves(found: dict[str, Tensor], first: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest error of what a parameter moved by, relative to that; 1 for one that stays where it was."""
+    moved = [name for name in found if name.startswith("model/") and not torch.equal(expected[name], first[name])]
+    return max(distance(found[name] - first[name], expected[name] - first[name]) for name in moved)
+
+
 def compare(
     cell: str, references: dict[str, Any], folder: Path, launch: Launch, device: torch.device
 ) -> dict[str, Any]:
@@ -209,6 +215,7 @@ def compare(
         "norms": off(norms, expected_norms),
         "names": sorted(found.keys() ^ expected.keys()),
         "errors": {name: distance(found[name], tensor) for name, tensor in expected.items() if name in found},
+        "moves": moves(found, first, expected),
         "never_moved": [name for name, tensor in first.items() if torch.equal(found[name], tensor)],
         **layout_seen(engine, config),
     }

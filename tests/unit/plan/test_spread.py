@@ -257,5 +257,7 @@ def test_shards_that_do_not_divide_most_parameters_are_told_with_a_number_that_d
     assert spread_of("fsdp", 4).uneven_shards() is None
     said = "a rank holds and sends 1.6 times an even share: 8 shards do not divide most parameters"
     assert spread_of("fsdp", 8).uneven_shards() == f"{said}; parallel=fsdp parallel.shard=4 would"
+    odd = "a rank holds and sends 1.4 times an even share: 7 shards do not divide most parameters"
+    assert spread_of("fsdp", 7).uneven_shards() == f"{odd}; another number of ranks would"
     # Flat ranges are even, whatever the dims.
     assert spread_of("zero1", 7).uneven_shards() is None

@@ -176,6 +176,12 @@ def test_without_overlap_all_collectives_are_exposed() -> None:
     assert time.communication == time.exposed == 7
 
 
+@pytest.mark.parametrize("what", ["norms", "control"])
+def test_what_a_step_waits_for_hides_behind_nothing(what: str) -> None:
+    time = timed(sending(300)._replace(what=what), machine=replace(MACHINE, overlap=1))
+    assert time.exposed == time.communication > 0
+
+
 def test_the_exchange_of_m3_hides_behind_nothing() -> None:
     quiet, time = timed(), timed(sending(300)._replace(what="M3"), machine=replace(MACHINE, overlap=1))
     assert (time.exchange, time.communication, time.exposed) == (4, 0, 0)
@@ -213,9 +219,16 @@ def test_a_device_that_queues_works_while_operators_are_handed_out() -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_bottleneck_is_what_takes_longest(name: str) -> None:
-    time = StepTime(**(dict.fromkeys(PARTS, 1.0) | {name: 2.0}), communication=50.0)
+    parts = dict.fromkeys(PARTS, 1.0) | {name: 2.0}
+    time = StepTime(**parts, communication=50.0, handing_out=parts["launching"])
     assert time.bottleneck == ("communication" if name == "exposed" else name)
     assert time.total == 7
+
+
+def test_a_device_that_waits_for_operators_is_bound_by_them_however_long_its_products_take() -> None:
+    parts = dict.fromkeys(PARTS, 1.0) | {"products": 3.0, "launching": 0.5}
+    assert StepTime(**parts, communication=0.0, handing_out=4.5).bottleneck == "launching"
+    assert StepTime(**(parts | {"launching": 0.0}), communication=0.0, handing_out=3.9).bottleneck == "products"
 
 
 RATES = st.floats(1e6, 1e15)
