@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+from tests.forked import Forked, ForkServer
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,10 +100,11 @@ class Torchrun(Protocol):
         env: Mapping[str, str] | None = None,
         timeout: float = 120.0,
         launcher_arguments: Sequence[str] = (),
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]: ...
 
 
-def _kill_tree(process: subprocess.Popen[str]) -> None:
+def _kill_tree(process: subprocess.Popen[str] | Forked) -> None:
     """Kills the launcher and its ranks, each of which torch starts in a session of its own."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -126,13 +129,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """A process that has imported torch and the trainer."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def torchrun(tmp_path: Path) -> Torchrun:
+def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Torchrun:
     """Runs a module or a script on several gloo ranks of this machine and waits for it.
 
     `torchrun(2, "hopescale.train", "train.steps=4", env={"NAME": "value"}, timeout=60)`. A `Path`, or a name ending in
     `.py`, is a script. Standard output and error come back as text, whatever the exit code. Past `timeout` seconds all
     processes are killed and the test fails with what they had printed.
+
+    It and its ranks are forks of a process that has imported torch and the trainer, unless `fresh` is set or `env`
+    gives variables, which may be read on import.
 
     Ranks share one output: lines stay whole only where a rank writes a line at once, `print(f"{text}\\n", end="")`.
     """
@@ -144,6 +158,7 @@ def torchrun(tmp_path: Path) -> Torchrun:
         env: Mapping[str, str] | None = None,
         timeout: float = 120.0,
         launcher_arguments: Sequence[str] = (),
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         is_script = isinstance(program, Path) or program.endswith(".py")
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(num_ranks)]
@@ -155,26 +170,32 @@ def torchrun(tmp_path: Path) -> Torchrun:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path, **(env or {})}
         # Files rather than pipes: a rank that outlives the launcher cannot keep the test waiting for end-of-file.
         out, err = tmp_path / "torchrun.out", tmp_path / "torchrun.err"
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(
-                command,
-                cwd=REPO_ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                _kill_tree(process)
-                process.wait()
-                code = None
-            except BaseException:
-                _kill_tree(process)
-                raise
+        for path in (out, err):
+            path.write_text("")
+        if fresh or env:
+            with out.open("a") as stdout, err.open("a") as stderr:
+                process = subprocess.Popen(
+                    command,
+                    cwd=REPO_ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    text=True,
+                    start_new_session=True,
+                )
+        else:
+            Forked.nursery = request.getfixturevalue("fork_server")
+            process = Forked(command, environment, str(out), str(err))
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _kill_tree(process)
+            process.wait()
+            code = None
+        except BaseException:
+            _kill_tree(process)
+            raise
         if code is None:
             pytest.fail(
                 f"{program} on {num_ranks} ranks ran longer than {timeout} s\n{out.read_text()}\n{err.read_text()}"

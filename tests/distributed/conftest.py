@@ -47,7 +47,12 @@ def train(torchrun, tmp_path: Path, demo_shaped_data: Path) -> Callable[..., Tra
     """Train experiment=demo, logging every step: train(2, "name", "train.steps=3")."""
 
     def run(
-        num_ranks: int, name: str, *overrides: str, env: Mapping[str, str] | None = None, timeout: float = 240
+        num_ranks: int,
+        name: str,
+        *overrides: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 240,
+        fresh: bool = False,
     ) -> Trained:
         folder = tmp_path / name
         settings: Sequence[str] = [
@@ -59,7 +64,7 @@ def train(torchrun, tmp_path: Path, demo_shaped_data: Path) -> Callable[..., Tra
             "metrics.tensorboard=false",
             *overrides,
         ]
-        ended = torchrun(num_ranks, "hopescale.train", *settings, env=env, timeout=timeout)
+        ended = torchrun(num_ranks, "hopescale.train", *settings, env=env, timeout=timeout, fresh=fresh)
         return Trained(ended.returncode, ended.stdout + ended.stderr, folder)
 
     return run

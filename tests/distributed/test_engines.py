@@ -48,7 +48,7 @@ OF_FOUR = [
 
 def run(torchrun: Any, num_ranks: int, out: Path, cells: list[str], timeout: float = 400) -> dict[str, Any]:
     """Train cells, check what holds for all of them, and return what was seen."""
-    ended = torchrun(num_ranks, PROGRAM, str(out), *cells, timeout=timeout)
+    ended = torchrun(num_ranks, PROGRAM, str(out), *cells, timeout=timeout, fresh=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     seen = json.loads(out.read_text())
     for cell, found in seen.items():

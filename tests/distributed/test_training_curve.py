@@ -52,7 +52,7 @@ def test_the_loss_curve_and_all_figures_are_the_same_on_1_2_and_4_ranks_and_in_a
         ("four-uneven-ranks", 4, ()),
         ("micro-batches", 1, ("train.micro_batch=3",)),
     ):
-        run = train(num_ranks, name, *BATCH, *more)
+        run = train(num_ranks, name, *BATCH, *more, fresh=num_ranks > 1)
         assert run.code == 0, run.output
         assert relative_difference(run.losses, alone.losses) < 1e-5, name
         assert figures(run.folder) == pytest.approx(expected, rel=1e-2), name
