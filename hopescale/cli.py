@@ -40,13 +40,14 @@ class WithSettings(TyperCommand):
             ConfigError: names all of them.
         """
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        given = [text.partition("=") for text in args if text.startswith("--") and text != "--"]
         rule = "is no option of this command, and settings are written without dashes"
-        problems = [
-            Problem(name, value or "nothing", rule, f"write {name[2:].replace('-', '_')}={value or 'VALUE'}")
-            for name, _, value in given
-            if name not in {*known, "--help"}
-        ]
+        problems = []
+        for text, following in zip(args, [*args[1:], ""], strict=True):
+            name, _, value = text.partition("=")
+            if text.startswith("--") and text != "--" and name not in {*known, "--help"}:
+                apart = value or ("" if following.startswith("-") or "=" in following else following)
+                fix = f"write {name[2:].replace('-', '_')}={apart or 'VALUE'}"
+                problems.append(Problem(name, apart or "nothing", rule, fix))
         if problems:
             raise ConfigError(problems)
         return super().parse_args(ctx, args)

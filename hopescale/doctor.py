@@ -110,6 +110,12 @@ def _devices(config: Config) -> Iterator[Finding]:
         why = "torch is a build for CPUs" if torch.version.cuda is None else "no device is seen"
         fix = "install torch for CUDA, or set parallel.device=cpu" if wanted else ""
         yield Finding("gpus", "FAIL" if wanted else "note", f"none: {why}", fix)
+    planned = config.cluster.gpus_per_node
+    if planned is not None and count and planned != count:
+        fix = "start as many ranks a node as planned, or change cluster.gpus_per_node"
+        yield Finding(
+            "cluster.gpus_per_node", "FAIL" if planned > count else "note", f"{planned}, and here are {count}", fix
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("cores", "ok", f"{cores} that this process may use")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -142,8 +148,8 @@ def _network(config: Config) -> Iterator[Finding]:
     yield Finding("interfaces", "ok", ", ".join(names))
     chosen = {name: os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if name in os.environ}
     for variable, value in chosen.items():
-        there = any(name in names for name in value.lstrip("^=").split(","))
-        fix = "" if there or value.startswith("^") else f"set {variable} to one of {', '.join(names)}"
+        absent = _absent_interfaces(variable, value, names)
+        fix = f"there is no {', '.join(absent)}: set {variable} to one of {', '.join(names)}" if absent else ""
         yield Finding(variable, "FAIL" if fix else "ok", value, fix)
     host = socket.gethostname()
     try:
@@ -157,19 +163,40 @@ def _network(config: Config) -> Iterator[Finding]:
     yield Finding("own name", "note" if loopback else "ok", f"{host} is {address}", fix if loopback else "")
 
 
+def _absent_interfaces(variable: str, value: str, names: list[str]) -> list[str]:
+    """Wanted ones that are not there: gloo takes whole names and needs all of them, NCCL beginnings and needs one."""
+    wanted = value.lstrip("=").split(",")
+    if variable.startswith("GLOO"):
+        return [name for name in wanted if name not in names]
+    if value.startswith("^"):
+        return []
+    exact = value.startswith("=")
+    there = any(name == one if exact else name.startswith(one) for one in wanted for name in names)
+    return [] if there else wanted
+
+
 def _rendezvous(config: Config) -> Iterator[Finding]:
     del config
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is not None and port is not None:
-        try:
-            with socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS):
-                yield Finding("rendezvous", "ok", f"{address}:{port} answers")
-        except (OSError, ValueError) as error:
-            fix = "start the first node first; open the port in the firewall; check MASTER_ADDR and MASTER_PORT"
-            yield Finding("rendezvous", "FAIL", f"{address}:{port} does not answer ({error})", fix)
+        yield _place(address, port)
     store = dist.TCPStore("127.0.0.1", 0, 1, True, timeout=timedelta(seconds=CONNECT_SECONDS))
     store.set("hopescale", "doctor")
     yield Finding("store", "ok", f"a TCPStore on this machine answers: {store.get('hopescale').decode()}")
+
+
+def _place(address: str, port: str) -> Finding:
+    if not port.isdecimal() or int(port) not in range(1, 1 << 16):
+        return Finding("rendezvous", "FAIL", f"{address}:{port}", "set MASTER_PORT to a number from 1 to 65535")
+    try:
+        with socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS):
+            return Finding("rendezvous", "ok", f"{address}:{port} answers")
+    except ConnectionRefusedError:
+        fix = "nobody listens there before rank 0 has started; if it has, check MASTER_PORT and the firewall"
+        return Finding("rendezvous", "note", f"{address} can be reached, port {port} refuses", fix)
+    except OSError as error:
+        fix = "check MASTER_ADDR, the network between the nodes, and the firewall"
+        return Finding("rendezvous", "FAIL", f"{address}:{port} cannot be reached ({error})", fix)
 
 
 def _file_system(config: Config) -> Iterator[Finding]:
@@ -180,7 +207,7 @@ def _file_system(config: Config) -> Iterator[Finding]:
             yield from _operations(scratch, folder)
     except OSError as error:
         fix = "name another folder by run.root or run.dir, or give this user the right to write"
-        yield Finding("runs", "FAIL", f"{folder} cannot be written ({error.strerror})", fix)
+        yield Finding("runs", "FAIL", f"nothing can be made in {folder} ({error.strerror})", fix)
         return
     free = shutil.disk_usage(folder).free
     fix = "make room, or keep fewer checkpoints: checkpoint.keep" if free < LEAST_FREE_BYTES else ""
@@ -250,7 +277,6 @@ def _data(config: Config) -> Iterator[Finding]:
 
 
 def _slurm(config: Config) -> Iterator[Finding]:
-    del config
     job = {name: os.environ[name] for name in os.environ if name.startswith("SLURM_")}
     if "SLURM_JOB_ID" not in job:
         there = shutil.which("sbatch")
@@ -263,6 +289,10 @@ def _slurm(config: Config) -> Iterator[Finding]:
     if nodes is not None and tasks is not None and tasks != nodes:
         fix = "give srun one task a node (--ntasks-per-node=1): torchrun starts the ranks of its node"
     yield Finding("slurm", "note" if fix else "ok", found, fix)
+    planned = config.cluster.nodes
+    if planned is not None and nodes is not None and str(planned) != nodes:
+        fix = "submit with as many nodes as planned, or change cluster.nodes: a run started so is refused"
+        yield Finding("cluster.nodes", "FAIL", f"{planned}, and the job has {nodes}", fix)
 
 
 def _size(count: float) -> str:

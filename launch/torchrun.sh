@@ -3,7 +3,7 @@
 #   bash launch/torchrun.sh NUM_RANKS key=value ...
 #
 # Exit codes: 0 done, 2 a mistake in the configuration or the data, 75 stopped early with a checkpoint (start again with the
-# same run.dir), 71 no valid checkpoint, 1 crashed. torchrun itself turns every code of a rank into 1.
+# same run.dir), 71 no valid checkpoint, 72 diverged, 1 crashed. torchrun itself turns every code of a rank into 1.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -19,11 +19,14 @@ shift
 
 prepare_environment prometheus tensorboard
 
-# Checks everything in one process, so that a mistake is told once and before any rank starts; prints the run folder.
+# Checks everything in one process, so that a mistake is told once and before any rank starts; prints the run folder, and
+# the one whose status to read, which of a dry run lies beside it.
 check_configuration() {
   "$VENV/bin/python" - "$num_ranks" "$@" <<'PYTHON'
 import sys
+from pathlib import Path
 from hopescale.config.compose import load_config
+from hopescale.dry_run import rehearsal
 from hopescale.errors import UserError, describe
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
@@ -36,7 +39,14 @@ try:
 except UserError as error:
     print(describe(error), file=sys.stderr)
     sys.exit(error.exit_code)
-print(make_run_folder(config))
+folder = make_run_folder(config) if not config.run.dry_run or config.run.dir is None else Path(config.run.dir)
+print(folder)
+if config.run.dry_run:
+    if config.run.dir is None:
+        folder.rmdir()
+    named = config.run.model_copy(update={"dir": str(folder)})
+    folder = rehearsal(config.model_copy(update={"run": named})).run.dir
+print(folder)
 PYTHON
 }
 
@@ -49,12 +59,13 @@ print(json.loads(path.read_text()).get(sys.argv[2], "") if path.is_file() else "
 PYTHON
 }
 
-run=$(check_configuration "$@")
+folders=$(check_configuration "$@")
+run=$(head -n 1 <<<"$folders") speaking=$(tail -n 1 <<<"$folders")
 case " $*" in
 *' run.dir='*) ;;
 *) set -- "$@" "run.dir=$run" ;;
 esac
-before=$(status_field "$run" incarnation)
+before=$(status_field "$speaking" incarnation)
 
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ranks : 1))}
@@ -66,10 +77,12 @@ trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM
 # A trapped signal ends `wait` early, so it is asked until the launcher is gone.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
 
-state=$(status_field "$run" state) code=$(status_field "$run" code)
-if [ "$(status_field "$run" incarnation)" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
-  echo "crashed: $run/status.json is missing, old, or still says running" >&2
+# A dry run that does well leaves nothing.
+if [ "$speaking" != "$run" ] && wait "$launcher"; then exit 0; fi
+state=$(status_field "$speaking" state) code=$(status_field "$speaking" code)
+if [ "$(status_field "$speaking" incarnation)" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
+  echo "crashed: $speaking/status.json is missing, old, or still says running" >&2
   exit 1
 fi
-echo "$state: $run" >&2
+echo "$state: $speaking" >&2
 exit "$code"

@@ -200,7 +200,8 @@ def _problems(tree: Any, error: dict[str, Any]) -> list[Problem]:
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1]))
         everywhere = [".".join(p) for p in _all_fields(Config)]
-        near = [".".join([*path[:-1], name]) for name in difflib.get_close_matches(path[-1], known, n=1)]
+        near = [name for name in everywhere if name.split(".")[1:] == path]
+        near += [".".join([*path[:-1], name]) for name in difflib.get_close_matches(path[-1], known, n=1)]
         # Elsewhere, but not the sections the field is in.
         near += [name for name in difflib.get_close_matches(field, everywhere, n=1) if not field.startswith(name)]
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}" if known else "remove it"

@@ -39,11 +39,15 @@ def degrees_of(config: ParallelConfig, world_size: int) -> Degrees:
     field, given = ("parallel.shard", shard) if replicate is None else ("parallel.replicate", replicate)
     both = (shard or 1) * (replicate or 1)
     if world_size % both or (shard is not None and replicate is not None and both != world_size):
-        shown = f"{replicate} x {shard}" if shard is not None and replicate is not None else given
-        rule = f"{world_size} ranks cannot be arranged so: replicate x shard must be their number"
+        if shard is not None and replicate is not None:
+            rule = f"with parallel.shard={shard} arranges {both} ranks, and there are {world_size}"
+            fix = "set parallel.replicate=null, to have as many as there are ranks for"
+            fix = fix if world_size % shard == 0 else f"{fix}; {shard} must divide the ranks"
+            raise ConfigError(Problem(field, given, rule, fix))
+        rule = f"must divide the number of ranks, {world_size}"
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        fix = f"set it to one of {', '.join(map(str, divisors))} and leave the other out, or start other ranks"
-        raise ConfigError(Problem(field, shown, rule, fix))
+        fix = f"set it to one of {', '.join(map(str, divisors))}, or start other ranks"
+        raise ConfigError(Problem(field, given, rule, fix))
     if replicate is None:
         return Degrees(world_size // both, both)
     return Degrees(replicate, world_size // replicate)

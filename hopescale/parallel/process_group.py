@@ -21,6 +21,9 @@ from hopescale.errors import ConfigError, Problem
 from .rendezvous import Place, meet
 from .schema import ParallelConfig
 
+STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+"""How many processes other launchers say that they have started."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -44,7 +47,7 @@ def read_launch() -> Launch:
 
     Raises:
         ConfigError: some of the variables are set and others are not, or one is not a number, or a rank is not below
-            how many there are.
+            how many there are; or none is set, and this is one of several processes that srun or mpirun has started.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -52,23 +55,27 @@ def read_launch() -> Launch:
         # As deepspeed calls it.
         given.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     if not given:
+        _refuse_untold()
         return Launch()
     bad = [name for name in names if not given.get(name, "").isdecimal()]
     if bad:
-        raise ConfigError(
-            [
-                Problem(
-                    name, given.get(name), "the launcher must set all of " + ", ".join(names), "start with torchrun"
-                )
-                for name in bad
-            ]
-        )
+        rule = f"must be a whole number: a launcher sets all of {', '.join(names)}"
+        raise ConfigError([Problem(name, given.get(name), rule, "start with torchrun, or export it") for name in bad])
     launch = Launch(*(int(given[name]) for name in names), launched=True)
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if int(given[rank]) >= int(given[size]):
             rule = f"ranks count from 0 to {size}={given[size]} less 1"
             raise ConfigError(Problem(rank, given[rank], rule, "start every node with the same numbers, once"))
     return launch
+
+
+def _refuse_untold() -> None:
+    """Refuse to be one of many processes that would each train alone, into folders of their own."""
+    for name, launcher in STARTED_BY.items():
+        if os.environ.get(name, "1") not in ("", "1"):
+            rule = f"{launcher} has started so many processes, and none is told its rank"
+            fix = f"let it start one process a node, and that one the ranks: {launcher} torchrun ... -m hopescale.train"
+            raise ConfigError(Problem(name, os.environ[name], rule, fix))
 
 
 def read_place() -> Place:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic_core import PydanticCustomError
 
 from data_pipeline.errors import nearest
 from hopescale.errors import Problem
@@ -32,6 +33,7 @@ ZERO_REFUSED = {
     "offload_optimizer": "parallel.offload_optimizer is its setting; NVMe is not supported",
     "sub_group_size": "there must be one sub-group for M3 to see a step as a whole",
     "stage": "parallel.zero_stage is its setting",
+    "reduce_scatter": "gradients are summed as each stage sums them by itself",
 }
 """Entries that are refused, and why."""
 
@@ -56,7 +58,7 @@ class ParallelConfig(BaseModel):
     offload_optimizer: bool = False
     """DeepSpeed keeps fp32 parameters and optimizer state in host memory and steps there; for stages 1 to 3 and AdamW
     in every group."""
-    zero_optimization: dict[str, int | float | bool] = {}
+    zero_optimization: dict[str, Any] = {}
     """Entries of DeepSpeed's own section of that name: sizes of buckets, overlap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA where there is one."""
@@ -77,6 +79,22 @@ class ParallelConfig(BaseModel):
     """CPU threads of one rank; null shares the cores a process may use evenly among the ranks of a node."""
     timeout_seconds: PositiveFloat = 600.0
     """How long ranks wait for each other, at the start and in a collective, before the run fails."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _not_fp16(cls, value: object) -> object:
+        if value in ("fp16", "float16", "half"):
+            why = "fp16 overflows in the memories' writes and needs a loss scale, which M3 would undo"
+            raise PydanticCustomError("literal_error", why, {"expected": "'fp32' or 'bf16'"})
+        return value
+
+    @field_validator("offload_optimizer", mode="before")
+    @classmethod
+    def _on_the_host(cls, value: object) -> object:
+        if isinstance(value, str | dict):
+            why = "optimizer state is kept in host memory or not: NVMe, paths and buffers are not supported"
+            raise PydanticCustomError("bool_type", why)
+        return value
 
     def problems(self) -> Iterator[Problem]:
         """What does not fit together, or would be ignored."""
@@ -105,17 +123,18 @@ class ParallelConfig(BaseModel):
             if name in ZERO_REFUSED:
                 yield Problem(f"parallel.zero_optimization.{name}", value, ZERO_REFUSED[name], "leave it out")
             elif name not in ZERO_ENTRIES:
-                fix = nearest(name, ZERO_ENTRIES)
-                yield Problem(f"parallel.zero_optimization.{name}", value, "there is no such entry", fix)
+                fix = f"leave it out; {nearest(name, ZERO_ENTRIES)}"
+                yield Problem(f"parallel.zero_optimization.{name}", value, "is no entry that is supported here", fix)
             else:
                 yield from self._entry_problems(name, value)
 
-    def _entry_problems(self, name: str, value: float | bool) -> Iterator[Problem]:
+    def _entry_problems(self, name: str, value: Any) -> Iterator[Problem]:
         kind, stages = ZERO_ENTRIES[name]
-        field = f"parallel.zero_optimization.{name}"
-        if type(value) is not kind or (kind is int and value < 0):
-            wanted = "true or false" if kind is bool else "a whole number of at least 0"
-            yield Problem(field, value, f"must be {wanted}", "correct it")
+        field, least = f"parallel.zero_optimization.{name}", int(name.endswith("bucket_size"))
+        if type(value) is not kind or (kind is int and value < least):
+            wanted = "true or false" if kind is bool else f"a whole number of at least {least}"
+            fix = f"write {value:.0f}" if isinstance(value, float) and value >= least else f"set it to {wanted}"
+            yield Problem(field, value, f"must be {wanted}", fix)
         if self.zero_stage not in stages:
             rule = f"is ignored with parallel.zero_stage={self.zero_stage}"
             yield Problem(field, value, rule, f"leave it out; stages {', '.join(map(str, stages))} read it")

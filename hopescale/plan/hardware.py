@@ -102,7 +102,7 @@ def hardware_of(given: str | None, device: str) -> Hardware:
     try:
         figures = json.loads(Path(name).read_text())
     except (OSError, ValueError) as error:
-        fix = "write one with tests/benchmarks/plan.py, or name one of " + ", ".join(PRESETS)
+        fix = "write one as hopescale/plan/README.md shows, or name one of " + ", ".join(PRESETS)
         raise ConfigError(Problem("cluster.hardware", name, f"cannot be read: {error}", fix)) from None
     return _checked(name, figures)
 
@@ -126,7 +126,8 @@ def _checked(path: str, figures: object) -> Hardware:
     if not isinstance(figures, dict) or not wanted - optional <= given <= wanted:
         odd = sorted(map(str, (wanted - optional) ^ (given - optional)))
         rule = f"must be an object of {', '.join(sorted(wanted))}; missing or unknown: {', '.join(odd)}"
-        raise ConfigError(Problem("cluster.hardware", path, rule, "write the file anew with tests/benchmarks/plan.py"))
+        raise ConfigError(Problem("cluster.hardware", path, rule, "write it as hopescale/plan/README.md shows"))
+    problems = []
     for name, value in figures.items():
         low, high, whole = RANGES.get(name, (1e-9, 1e40, False))
         number = isinstance(value, int) if whole else isinstance(value, int | float)
@@ -138,7 +139,9 @@ def _checked(path: str, figures: object) -> Hardware:
             meant = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
         if not (fine or (name in optional and value is None)):
             rule = f"{name}={value!r} must be {meant}"
-            raise ConfigError(Problem("cluster.hardware", path, rule, "correct it"))
+            problems.append(Problem("cluster.hardware", path, rule, f"give {name} {meant}"))
+    if problems:
+        raise ConfigError(problems)
     return Hardware(**figures)
 
 

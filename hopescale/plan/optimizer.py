@@ -17,8 +17,8 @@ from hopescale.optim.shard_map import Layout, Team
 from .spread import Spread
 
 DEVICES = {
-    "cuda": "Planned for CUDA devices (parallel.device=cpu plans for CPUs), with costs that optimizer.plan.* sets.",
-    "cpu": "Planned for CPUs, as parallel.device=cpu says, with costs that optimizer.plan.* sets.",
+    "cuda": "M3 plans for CUDA devices (parallel.device=cpu: for CPUs) by costs that optimizer.plan.* sets:",
+    "cpu": "M3 plans for CPUs by costs that optimizer.plan.* sets:",
 }
 AUTO = "  one plan for all (auto takes gram in fp32 alone, for long matrices where it sends less, and never gather):"
 EXACT_PLANS: tuple[PlanName, ...] = tuple(plan for plan in get_args(PlanName) if plan != "block_periodic")
@@ -108,7 +108,7 @@ def schedule_of(spread: Spread) -> Schedule | None:
 
 def device_of(config: Config) -> torch.device:
     """What is planned for."""
-    return torch.device("cpu" if config.parallel.device == "cpu" else "cuda")
+    return torch.device("cpu" if "cpu" in (config.parallel.device, config.cluster.hardware) else "cuda")
 
 
 def check_plan(spread: Spread) -> None:

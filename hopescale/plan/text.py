@@ -25,11 +25,12 @@ def describe_job(job: Job) -> str:
         marks = "  <- parallel.recompute" if name == job.config.parallel.recompute else ""
         lines.append(f"  {name:<12}" + "".join(f"{gib(size):>13}" for size in _sizes(other.memory)) + marks)
     if job.memory.host:
-        lines.append(f"  and {gib(job.memory.host)} in host memory")
+        lines.append(f"  and {gib(job.memory.host)} in host memory for each rank; no time is counted for steps there")
     fits = "fits into" if job.memory.total <= job.limit else "does NOT fit into"
+    more = " (more clips than a rank has)" if job.largest_micro_batch > share.clips else ""
     lines.append(
         f"  {fits} {gib(hardware.memory_bytes)} less {RESERVE:.0%}; largest train.micro_batch that fits: "
-        f"{job.largest_micro_batch}"
+        f"{job.largest_micro_batch}{more}"
     )
     lines += [f"  {remark}" for remark in [job.spread.uneven_shards()] if remark]
     return "\n".join([*lines, "", *_traffic(job), "", *_time(job)])
@@ -91,8 +92,8 @@ def _standing(job: Job) -> str:
 def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a row of `sweep_rows`."""
     lines = [
-        f"{'ranks':>6}  {'recompute':<10}{'memory':>12}  {'fits':<5}{'micro-batch':>12}{'step':>12}{'clips/s':>12}"
-        f"{'to 1 rank':>11}  mostly"
+        f"{'ranks':>6}  {'recompute':<10}{'memory':>12}  {'fits':<5}{'most at once':>14}{'step':>12}{'clips/s':>12}"
+        f"{'to fewest':>11}  mostly"
     ]
     first: dict[str, float] = {}
     for row in rows:
@@ -103,7 +104,7 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
         rate = row["clips_per_second"]
         one = first.setdefault(row["recompute"], rate / row["ranks"])
         lines.append(
-            f"{head}{gib(row['memory']):>12}  {'yes' if row['fits'] else 'NO':<5}{row['largest_micro_batch']:>12}"
+            f"{head}{gib(row['memory']):>12}  {'yes' if row['fits'] else 'NO':<5}{row['largest_micro_batch']:>14}"
             f"{seconds(row['seconds']):>12}{rate:>12,.1f}{rate / row['ranks'] / one:>11.0%}  {row['bottleneck']}"
         )
     return "\n".join(lines)

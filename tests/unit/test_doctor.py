@@ -44,7 +44,7 @@ def test_every_failing_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     shard(memory_source(6), tmp_path / "data", clips_per_shard=3)
     next((tmp_path / "data" / "shards").iterdir()).unlink()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("MASTER_PORT", "http")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nothing0")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -53,6 +53,41 @@ def test_every_failing_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     assert failing.keys() == {"torch", "gpus", "NCCL_SOCKET_IFNAME", "rendezvous", "runs", "data"}
     assert all(line.fix for line in failing.values())
     assert failing["data"].found.endswith(".tar: the shard is missing")
+
+
+def test_a_place_that_nobody_listens_at_yet_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    line = found(f"run.root={tmp_path}")["rendezvous"]
+    assert (line.state, line.found) == ("note", "127.0.0.1 can be reached, port 1 refuses")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "state"),
+    [
+        ("NCCL_SOCKET_IFNAME", "l", "ok"),
+        ("NCCL_SOCKET_IFNAME", "ib,lo", "ok"),
+        ("NCCL_SOCKET_IFNAME", "=l", "FAIL"),
+        ("NCCL_SOCKET_IFNAME", "^docker", "ok"),
+        ("GLOO_SOCKET_IFNAME", "lo", "ok"),
+        ("GLOO_SOCKET_IFNAME", "l", "FAIL"),
+        ("GLOO_SOCKET_IFNAME", "lo,ib0", "FAIL"),
+    ],
+)
+def test_interfaces_are_meant_as_nccl_and_gloo_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, state: str
+) -> None:
+    monkeypatch.setattr(doctor.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv(variable, value)
+    assert found(f"run.root={tmp_path}")[variable].state == state
+
+
+def test_a_job_of_other_machines_than_planned_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert "cluster.nodes" not in found(f"run.root={tmp_path}", "cluster.nodes=2")
+    line = found(f"run.root={tmp_path}", "cluster.nodes=4")["cluster.nodes"]
+    assert (line.state, line.found) == ("FAIL", "4, and the job has 2")
 
 
 def test_deepspeed_is_wanted_only_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,10 @@ def test_ranks_are_arranged_as_asked(settings: dict, ranks: int, expected: tuple
 @pytest.mark.parametrize(
     ("settings", "ranks", "expected"),
     [
-        ({"shard": 4}, 6, "parallel.shard=4: 6 ranks cannot be arranged so.*one of 1, 2, 3, 6"),
-        ({"replicate": 4}, 2, "parallel.replicate=4: 2 ranks cannot"),
-        ({"shard": 2, "replicate": 2}, 8, "parallel.replicate=2 x 2: 8 ranks cannot"),
+        ({"shard": 4}, 6, "parallel.shard=4: must divide the number of ranks, 6.*one of 1, 2, 3, 6"),
+        ({"replicate": 4}, 2, "parallel.replicate=4: must divide the number of ranks, 2"),
+        ({"shard": 2, "replicate": 2}, 8, "replicate=2: with parallel.shard=2 arranges 4 .*replicate=null"),
+        ({"shard": 3, "replicate": 2}, 8, "replicate=2: with parallel.shard=3 arranges 6 .*; 3 must divide the ranks"),
     ],
 )
 def test_degrees_that_do_not_divide_the_ranks_are_refused(settings: dict, ranks: int, expected: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hopescale.errors import ConfigError
-from hopescale.parallel.process_group import read_launch, read_place
+from hopescale.parallel.process_group import Launch, read_launch, read_place
 
 PROGRAM = """
 import atexit, sys
@@ -53,6 +53,17 @@ def test_variables_of_a_launcher_that_make_no_rank_are_named(
     assert read_launch().rank == 1
     launched.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value}"):
+        read_launch()
+
+
+@pytest.mark.parametrize(("name", "launcher"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")])
+def test_processes_that_are_told_no_rank_do_not_each_train_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, launcher: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert read_launch() == Launch()
+    monkeypatch.setenv(name, "16")
+    with pytest.raises(ConfigError, match=f"{name}=16: {launcher} has started .* Fix: .*{launcher} torchrun"):
         read_launch()
 
 

@@ -42,7 +42,19 @@ def test_every_file_of_the_section_composes(name: str) -> None:
         ),
         (["parallel=deepspeed_zero2", "parallel.zero_optimization={reduce_bucket_size: -1}"], "a whole number of at"),
         (["parallel=deepspeed_zero2", "optimizer.plan.strategy=gram"], "needs matrices that are cut along one side"),
-        (["parallel.precision=fp16"], "parallel.precision=fp16"),
+        (["parallel.precision=fp16"], "parallel.precision=fp16: fp16 overflows in the memories' writes"),
+        (
+            ["optimizer=adamw", "parallel=deepspeed_zero2", "parallel.offload_optimizer=nvme"],
+            "parallel.offload_optimizer=nvme: optimizer state is kept in host memory or not: NVMe",
+        ),
+        (
+            ["parallel=deepspeed_zero3", "parallel.zero_optimization.offload_param={device: nvme, nvme_path: /local}"],
+            "zero_optimization.offload_param={'device': 'nvme', 'nvme_path': '/local'}: parameters on the host",
+        ),
+        (["parallel=deepspeed_zero2", "parallel.zero_optimization.reduce_bucket_size=auto"], "must be a whole number"),
+        (["parallel=deepspeed_zero2", "parallel.zero_optimization.reduce_bucket_size=5e8"], "Fix: write 500000000"),
+        (["parallel=deepspeed_zero2", "parallel.zero_optimization.reduce_bucket_size=0"], "number of at least 1"),
+        (["parallel=deepspeed_zero2", "parallel.zero_optimization.reduce_scatter=true"], "each stage sums them"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_by_name(overrides: list[str], expected: str) -> None:

@@ -122,7 +122,7 @@ def test_a_file_of_other_figures_names_those_that_are_odd(
     figures = {name: value for name, value in asdict(PRESETS["cpu"]).items() if name != left_out} | added
     problem = problem_of(written(tmp_path / "odd.json", figures))
     assert problem.rule.endswith(f"missing or unknown: {odd}")
-    assert "tests/benchmarks/plan.py" in problem.fix
+    assert "hopescale/plan/README.md" in problem.fix
 
 
 @pytest.mark.parametrize("figures", [[1, 2], "3", "null"])
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_read_says_how_to_get_one(tmp_path: Path, text: st
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     problem = problem_of(str(path))
     assert problem.rule.startswith("cannot be read: ")
-    assert "tests/benchmarks/plan.py" in problem.fix
+    assert "hopescale/plan/README.md" in problem.fix
     assert "h100" in problem.fix
 
 

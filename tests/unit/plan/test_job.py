@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_reach_every_rank_is_an_error() -> None:
 def test_ranks_that_cannot_be_arranged_are_an_error_of_their_field() -> None:
     problem = refused(parallel=ParallelConfig(shard=4), nodes=3, gpus_per_node=2)
     assert (problem.field, problem.value) == ("parallel.shard", 4)
-    assert "6 ranks cannot be arranged so" in problem.rule
+    assert problem.rule == "must divide the number of ranks, 6"
     assert "1, 2, 3, 6" in problem.fix
 
 
@@ -280,9 +280,7 @@ def test_a_row_of_a_sweep_that_cannot_be_says_why() -> None:
     rows = sweep_rows(job(1, 6, shard=3))
     cannot = {row["ranks"]: row.get("cannot") for row in rows}
     assert cannot.pop(6) is None
-    assert cannot == {
-        ranks: f"{ranks} ranks cannot be arranged so: replicate x shard must be their number" for ranks in (1, 2, 4)
-    }
+    assert cannot == {ranks: f"must divide the number of ranks, {ranks}" for ranks in (1, 2, 4)}
     assert {frozenset(row) for row in rows if "cannot" in row} == {frozenset({"ranks", "recompute", "cannot"})}
     lines = sweep_table(rows).splitlines()
     assert len(lines) == 1 + len(rows)
