@@ -27,6 +27,7 @@ from data_pipeline.dataset.manifest import load_manifest
 from hopescale.config.schema import Config
 from hopescale.errors import UserError
 from hopescale.parallel.deepspeed import TESTED
+from hopescale.parallel.rendezvous import Place
 
 State = Literal["ok", "note", "FAIL"]
 
@@ -186,7 +187,7 @@ def _rendezvous(config: Config) -> Iterator[Finding]:
 
 
 def _place(address: str, port: str) -> Finding:
-    if not port.isdecimal() or int(port) not in range(1, 1 << 16):
+    if not Place(address, port).is_named:
         return Finding("rendezvous", "FAIL", f"{address}:{port}", "set MASTER_PORT to a number from 1 to 65535")
     try:
         with socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS):

@@ -29,13 +29,16 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".dry-run"
 
 
+def beside(folder: Path) -> Path:
+    """Where the dry run of a run in this folder leaves what it writes."""
+    folder = folder.absolute()
+    return folder.with_name(folder.name + SUFFIX)
+
+
 def rehearsal(config: Config) -> Config:
     """The same run in a folder of its own beside the one it will have, so that nothing is resumed or overwritten."""
     run = config.run
-    folder = None
-    if run.dir is not None:
-        given = Path(run.dir).absolute()
-        folder = str(given.with_name(given.name + SUFFIX))
+    folder = None if run.dir is None else str(beside(Path(run.dir)))
     return config.model_copy(update={"run": run.model_copy(update={"dir": folder, "name": f"{run.name}{SUFFIX}"[:80]})})
 
 

@@ -26,7 +26,7 @@ check_configuration() {
 import sys
 from pathlib import Path
 from hopescale.config.compose import load_config
-from hopescale.dry_run import rehearsal
+from hopescale.dry_run import beside
 from hopescale.errors import UserError, describe
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
@@ -39,14 +39,12 @@ try:
 except UserError as error:
     print(describe(error), file=sys.stderr)
     sys.exit(error.exit_code)
-folder = make_run_folder(config) if not config.run.dry_run or config.run.dir is None else Path(config.run.dir)
+given = config.run.dir
+folder = Path(given) if config.run.dry_run and given is not None else make_run_folder(config)
+if config.run.dry_run and given is None:
+    folder.rmdir()
 print(folder)
-if config.run.dry_run:
-    if config.run.dir is None:
-        folder.rmdir()
-    named = config.run.model_copy(update={"dir": str(folder)})
-    folder = rehearsal(config.model_copy(update={"run": named})).run.dir
-print(folder)
+print(beside(folder) if config.run.dry_run else folder)
 PYTHON
 }
 

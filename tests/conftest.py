@@ -185,8 +185,7 @@ def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Torchrun:
                     start_new_session=True,
                 )
         else:
-            Forked.nursery = request.getfixturevalue("fork_server")
-            process = Forked(command, environment, str(out), str(err))
+            process = Forked(request.getfixturevalue("fork_server"), command, environment, str(out), str(err))
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:

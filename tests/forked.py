@@ -8,7 +8,6 @@ They share one PYTHONHASHSEED: tests of ranks that could each do things in an or
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import random
@@ -20,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,10 +59,9 @@ class ForkServer(Nursery):
 class Forked:
     """As much of a `subprocess.Popen` as torchrun and a test ask for."""
 
-    nursery: Nursery
-
     def __init__(
         self,
+        nursery: Nursery,
         args: Sequence[str],
         env: Mapping[str, str],
         stdout: str | None = None,
@@ -70,9 +69,9 @@ class Forked:
         start_new_session: bool = True,
     ) -> None:
         assert start_new_session, "a fork always leads a group of its own"
-        self.args, self.returncode = args, None
+        self.nursery, self.args, self.returncode = nursery, args, None
         command = [word for word in args[1:] if word != "-u"]
-        self.pid = self.nursery.ask(args=command, env=dict(env), stdout=stdout, stderr=stderr)
+        self.pid = nursery.ask(args=command, env=dict(env), stdout=stdout, stderr=stderr)
 
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that ended it; None while it lives."""
@@ -112,6 +111,8 @@ def become(
     channel: socket.socket, args: list[str], env: dict[str, str], stdout: str | None, stderr: str | None
 ) -> NoReturn:
     """Be what `python ARGS` is in this environment, and end as that ends."""
+    from hopescale.parallel.process_group import end_process
+
     os.close(channel.fileno())
     os.setpgid(0, 0)
     for number in SIGNALS:
@@ -134,10 +135,7 @@ def become(
     except BaseException:
         traceback.print_exc()
         code = 1
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    end_process(code)
 
 
 def run(args: list[str]) -> None:
@@ -164,8 +162,7 @@ def launch(args: list[str]) -> None:
         serve(theirs)
         os._exit(0)
     theirs.close()
-    Forked.nursery = Nursery(ours)
-    subprocess_handler.Popen = Forked
+    subprocess_handler.Popen = partial(Forked, Nursery(ours))
     torchrun.main(args)
 
 

@@ -26,6 +26,11 @@ class Place(NamedTuple):
     attempt: str = "0"
     """Which start of the ranks this is, where the launcher keeps its store."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether there are an address and a port that could be one."""
+        return bool(self.address) and self.port.isdecimal() and int(self.port) in PORTS
+
 
 def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.Store:
     """A store that every rank of a launch has reached, each of them once and all expecting as many.
@@ -43,7 +48,7 @@ def meet(rank: int, world_size: int, place: Place, timeout: timedelta) -> dist.S
             in time, or the store cannot be reached. Ranks that have met already go on; who comes later is refused.
     """
     where = f"{place.address}:{place.port}"
-    if not place.address or not place.port.isdecimal() or int(place.port) not in PORTS:
+    if not place.is_named:
         rule = "the launcher must say where ranks meet, an address and a port from 1 to 65535"
         raise ConfigError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, "start with torchrun"))
     holds = rank == 0 and not place.held

@@ -52,10 +52,10 @@ def operators(model: ModelConfig, objective: ObjectiveConfig, frames: int, recom
         recompute: what backward runs again.
     """
     done = Counter(ends=len(passes(model, objective, frames)))
+    with_memories = sum(kind in "HU" for kind in model.block_pattern)
     for call in executed_passes(model, objective, frames):
         done.update(model.block_pattern)
-        for _ in range(sum(kind in "HU" for kind in model.block_pattern)):
-            done.update(_of_memories(model, call))
+        done.update({what: with_memories * times for what, times in _of_memories(model, call).items()})
     return float(sum(COUNTS[recompute][what] * times for what, times in done.items()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,8 +87,8 @@ class StepTime:
 
 PARTS = ("products", "elementwise", "launching", "update", "exchange", "exposed")
 """Of a step, one after the other."""
-WAITED_FOR = {"M3": "M3", "norms": "waited for", "control": "waited for"}
-"""Collectives with nothing to do meanwhile."""
+WAITED_FOR = ("norms", "control")
+"""Collectives with nothing to do meanwhile, as with those of M3."""
 
 
 def step_time(step: Step) -> StepTime:
@@ -98,10 +99,12 @@ def step_time(step: Step) -> StepTime:
     elementwise = moved / (hardware.memory_bandwidth * step.memory_part)
     handing_out = launched(step) * hardware.operator_latency / part
     launching = max(0.0, handing_out - products - elementwise) if hardware.queues else handing_out
-    seconds = {"M3": 0.0, "waited for": 0.0, "others": 0.0}
+    seconds: defaultdict[str, float] = defaultdict(float)
     for each in step.collectives:
-        spent = collective_seconds(each, hardware, step.ranks_of_node) / part
-        seconds[WAITED_FOR.get(each.what, "others")] += spent
+        seconds[each.what] += collective_seconds(each, hardware, step.ranks_of_node) / part
+    exchange = seconds.pop("M3", 0.0)
+    waited_for = sum(seconds.pop(what, 0.0) for what in WAITED_FOR)
+    others = sum(seconds.values())
     hidden = hardware.overlap * (products + elementwise + launching)
     orthogonalised, touched = update(step.spread, step.schedule)
     precision = "fp32" if step.schedule is None else step.schedule.newton_schulz.precision
@@ -111,9 +114,9 @@ def step_time(step: Step) -> StepTime:
         launching=launching,
         update=orthogonalised / (hardware.rate(precision) * part)
         + touched / (hardware.memory_bandwidth * step.memory_part),
-        exchange=seconds["M3"],
-        communication=seconds["others"] + seconds["waited for"],
-        exposed=seconds["waited for"] + max(0.0, seconds["others"] - hidden),
+        exchange=exchange,
+        communication=others + waited_for,
+        exposed=waited_for + max(0.0, others - hidden),
         handing_out=handing_out,
     )
 

@@ -43,8 +43,7 @@ def program(tmp_path: Path) -> str:
 
 
 def start(server: ForkServer, folder: Path, *args: str) -> Forked:
-    Forked.nursery = server
-    return Forked([sys.executable, "-u", *args], {"NAME": "value"}, str(folder / "out"), str(folder / "err"))
+    return Forked(server, [sys.executable, "-u", *args], {"NAME": "value"}, str(folder / "out"), str(folder / "err"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +11,7 @@ import pytest
 
 from data_pipeline.shard import shard
 from tests.feature_folders import write_features
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from tests.user_process import run_as_user
 
 
 @pytest.fixture
@@ -21,11 +19,7 @@ def hopescale(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
     """Run `hopescale ARGUMENTS` in an empty folder and return exit code and output."""
 
     def run(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "hopescale.cli", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return run_as_user([sys.executable, "-m", "hopescale.cli", *arguments], tmp_path, timeout)
 
     return run
 

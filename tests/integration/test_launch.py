@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.user_process import REPO_ROOT, run_as_user
+
 pytestmark = pytest.mark.integration
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = "REPO_ROOT={root}\nVENV={venv}\nprepare_environment() {{ :; }}\n"
 """What takes the place of `environment.sh`: this environment is the one to train in."""
 
@@ -31,11 +31,7 @@ def torchrun_sh(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
     python.chmod(0o755)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-        command = ["bash", str(launch / "torchrun.sh"), *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
+        return run_as_user(["bash", str(launch / "torchrun.sh"), *arguments], tmp_path)
 
     return run
 

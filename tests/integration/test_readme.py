@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from tests.user_process import REPO_ROOT, run_as_user
+
 README = (REPO_ROOT / "README.md").read_text()
 
 pytestmark = pytest.mark.integration
@@ -48,18 +47,9 @@ def rendezvous() -> list[str]:
 def test_the_step_by_step_block_runs_in_order(tmp_path: Path) -> None:
     steps = next(block for block in blocks() if block[0].startswith("hopescale data simulate"))
     assert len(steps) == 6
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
     for line in steps:
         smaller = next((more for start, more in SMALLER.items() if line.startswith(start)), [])
-        ended = subprocess.run(
-            as_installed([*shlex.split(line), *smaller]),
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        ended = run_as_user(as_installed([*shlex.split(line), *smaller]), tmp_path)
         assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
     assert (tmp_path / "runs" / "mine" / "report" / "filmstrip.png").is_file()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from tests.user_process import ENVIRONMENT
 
 pytestmark = pytest.mark.integration
 
@@ -21,8 +20,7 @@ pytestmark = pytest.mark.integration
 @pytest.mark.requires("prometheus")
 def test_metrics_can_be_scraped_while_training_and_equal_the_jsonl(small_run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hopescale.cli", "train", *small_run, "train.steps=1000000"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             scraped = scrape(tmp_path / "run", run)
             wanted = int(scraped["hopescale_step"])
@@ -141,8 +139,7 @@ def test_the_smoke_demo_walks_the_whole_path_and_reuses_what_it_made(hopescale, 
 
 def test_a_folder_in_use_or_of_something_else_is_refused(hopescale, small_run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hopescale.cli", "train", *small_run, "train.steps=1000000"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             scrape(tmp_path / "run", run)
             second = hopescale("train", *small_run)
