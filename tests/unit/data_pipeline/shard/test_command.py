@@ -120,7 +120,10 @@ def test_arrays_in_fortran_order_are_stored_in_c_order_and_reported(
     ("arguments", "expected"),
     [
         (["--dry-run=true"], "--dry-run=true: is no option of this command, and settings are written without dashes"),
-        (["--dtype", "int8"], "Fix: write dtype=VALUE"),
+        (
+            ["--dtype", "int8"],
+            "and settings are written without dashes. Fix: write dtype=int8",
+        ),
         (["--provenance.encode_mode=clip"], "Fix: write provenance.encode_mode=clip"),
     ],
 )
