@@ -181,7 +181,7 @@ class Trainer:
             return
         recorder, state = self.recorder, self.state
         recorder.set("attempted_steps_total", state.attempted_steps)
-        recorder.set("skipped_steps_total", state.attempted_steps - state.step)
+        recorder.set("nonfinite_steps_total", state.attempted_steps - state.step)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
         recorder.set("train_seconds_total", self.clock.total_seconds)
         recorder.record_window(window)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from hopescale.metrics.data_metrics import READER_METRICS, SHARDER_METRICS
 from hopescale.metrics.metric import Metric
+from hopescale.metrics.reliability_metrics import RELIABILITY_METRICS
 
 MEMORIES = ("key", "value", "eta", "alpha", "main")
 OF_THE_RUN: Mapping[str, int] = MappingProxyType({"group": 32, "level": 16, "frame": 64})
@@ -32,13 +33,6 @@ CATALOG: tuple[Metric, ...] = (
         unit="steps",
         reduction="global",
         help="Steps tried, skipped ones included.",
-    ),
-    Metric(
-        key="skipped_steps_total",
-        kind="counter",
-        unit="steps",
-        reduction="global",
-        help="Steps whose gradients were not finite; their clips are consumed, nothing else moves.",
     ),
     Metric(
         key="clips_total",
@@ -183,6 +177,8 @@ CATALOG: tuple[Metric, ...] = (
         record="checkpoint",
         help="Step of the last committed checkpoint.",
     ),
+    # Survival.
+    *RELIABILITY_METRICS,
     # Fast weights.
     Metric(
         key="memory_surprise",
