@@ -25,6 +25,8 @@ from hopescale.slurm.environment import SlurmJob
 
 logger = logging.getLogger(__name__)
 
+BEFORE_THE_FIRST = {"logs", "save", "slurm", "stop"}
+"""What a job script and its user may leave in a folder before its run first starts."""
 SECONDS_TO_APPEAR = 30.0
 """Longer than NFS keeps what it knows of a folder by itself (acdirmin)."""
 
@@ -45,6 +47,11 @@ class RunFolder:
         self.logs = path / "logs"
         self.report = path / "report"
         self.goodput = path / "goodput.jsonl"
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the folder holds what no run, and nothing that starts or stops one, has put there."""
+        return not (self.path / "lock").exists() and bool({p.name for p in self.path.iterdir()} - BEFORE_THE_FIRST)
 
     def create(self) -> int:
         """Make the subfolders, and count this incarnation (from 0)."""
