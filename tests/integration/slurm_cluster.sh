@@ -3,22 +3,24 @@
 #
 #   slurm_cluster.sh up DIR N                     bring it up, with its files in DIR; returns when all nodes are idle
 #   slurm_cluster.sh hold DIR N                   the same in the foreground: says "up", and ends with the cluster
-#   slurm_cluster.sh run DIR COMMAND [ARGUMENT]   run a command as on the login node: sbatch, squeue, curl http://n1:9400 ...
+#   slurm_cluster.sh run DIR COMMAND [ARGUMENT]   run a command as on the login node: sbatch, curl http://n1:9400 ...
 #   slurm_cluster.sh crash DIR INDEX              node n<INDEX> loses its power
 #   slurm_cluster.sh start DIR INDEX              switch it on again; returns when Slurm takes it for alive
 #   slurm_cluster.sh cut DIR INDEX                unplug its network cable; its processes go on
 #   slurm_cluster.sh mend DIR INDEX               plug it in again
 #   slurm_cluster.sh down DIR                     end everything; DIR stays, for its logs
 #
-# Nodes are called n1 ... nN and have 4 CPUs, 4 GPUs (character devices without a function) and 64 GB each, on paper. Partitions:
+# Nodes are called n1 ... nN and have, on paper, 4 CPUs, 4 GPUs (character devices without a function) and 64 GB each.
+# Partitions:
 #   ci           default, at most 1 hour
 #   long         at most 1 day, one node
+#   urgent       takes nodes from jobs of the others: they get the signal of their --signal at once, and are requeued after 30 s
 #   restricted   for an account that nobody has: refuses all
 # SPANK_PLUGIN=/path/to/plugin.so loads a SPANK plugin.
 #
-# All of it lives in one room: a pid, network, mount, uts and ipc namespace, in which every node has its own of each kind. Killing
-# the first process of the room ends every process of the cluster, and with the last of them the kernel takes back networks
-# and mounts. So nothing can be left over, and addresses, ports and names are the same in every room without meeting.
+# All of it lives in one room: a pid, network, mount, uts and ipc namespace, in which every node has its own of each kind.
+# Killing the first process of the room ends every process of the cluster, and with the last of them the kernel takes back
+# networks and mounts. So nothing can be left over, and rooms have the same addresses, ports and names without meeting.
 set -euo pipefail
 # The daemons live where not everybody's PATH leads.
 PATH=$PATH:/usr/sbin:/sbin
@@ -47,8 +49,8 @@ until_true() {
   done
 }
 
-# Which process stands for NAME ("room" or a node), as seen from outside. Fails when it is gone; a number that now belongs to
-# another program does not count.
+# pid_of NAME: the first process of the room or of a node, as numbered outside. Fails when it is gone; a number that now
+# belongs to another program does not count.
 pid_of() {
   local pid words
   read -r pid 2>/dev/null <"$D/run/$1.pid" || return 1
@@ -61,7 +63,7 @@ is_gone() { ! pid_of "$1" >/dev/null; }
 
 need_room() { ROOM=$(pid_of room) || die "no cluster is up in $D"; }
 
-# Becomes the command, which stays in the pid namespace of the caller: who knows this shell's number can kill the command by it.
+# Becomes the command, so that whoever kills this shell kills the command.
 enter() { exec nsenter --target "$ROOM" --net --mount --uts --ipc -- env --chdir="$PWD" SLURM_CONF="$D/slurm.conf" "$@"; }
 
 write_configuration() {
@@ -110,6 +112,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 EnforcePartLimits=ALL
 ReturnToService=2
 SlurmdTimeout=6
@@ -118,9 +123,10 @@ KillWait=5
 JobRequeue=1
 GresTypes=gpu
 NodeName=DEFAULT CPUs=4 RealMemory=64000 Gres=gpu:4
-PartitionName=DEFAULT Nodes=ALL State=UP
+PartitionName=DEFAULT Nodes=ALL State=UP GraceTime=30
 PartitionName=ci Default=YES MaxTime=1:00:00
 PartitionName=long MaxTime=1-00:00:00 MaxNodes=1
+PartitionName=urgent MaxTime=1:00:00 PriorityTier=2 PreemptMode=OFF
 PartitionName=restricted MaxTime=1:00:00 AllowAccounts=research
 CONF
   for ((i = 1; i <= nodes; i++)); do printf 'NodeName=n%d NodeAddr=%s.%d\n' "$i" "$NET" $((10 + i)); done >>"$D/slurm.conf"
@@ -139,7 +145,7 @@ remember() {
   printf '%s\n' "$pid" >"$D/run/$1.pid"
 }
 
-# What follows runs as the first process of the room or of a node, so it takes in and buries orphans, which bash does while it waits.
+# The rest of the life of a first process, which takes in orphans: bash buries them while it waits.
 linger() {
   sleep infinity &
   while :; do wait; done
@@ -208,14 +214,18 @@ is_alive() {
 
 # bring_up N [PREFIX...]: starts the room in the background, by the words of the prefix.
 bring_up() {
-  local nodes=$1
+  local nodes=$1 folder folders=(dev log run spool state)
   shift
   [ -z "${SPANK_PLUGIN:-}" ] || [ -f "$SPANK_PLUGIN" ] ||
     die "SPANK_PLUGIN=$SPANK_PLUGIN: there is no such file, give the path of a SPANK plugin or unset it"
+  for folder in "${folders[@]}"; do
+    [ -e "$D/.slurm_cluster" ] || [ ! -e "$D/$folder" ] ||
+      die "DIR=$D: it has a folder $folder that is not of a cluster, choose a new folder"
+  done
   take_down
   mkdir -p "$D"
-  rm -rf "${D:?}"/{dev,log,run,spool,state,plugstack.conf}
-  mkdir -m 755 "$D"/{dev,log,run,spool,state}
+  : >"$D/.slurm_cluster"
+  (cd "$D" && rm -rf "${folders[@]}" plugstack.conf && mkdir -m 755 "${folders[@]}")
   (umask 077 && head -c 128 /dev/urandom >"$D/run/munge.key")
   write_configuration "$nodes"
   "$@" unshare --net --ipc --uts --mount --pid --fork --kill-child=KILL \
@@ -241,7 +251,8 @@ take_down() {
 [ $# -ge 2 ] || usage
 command=$1 D=$(realpath -m "$2")
 shift 2
-[[ $D =~ ^[A-Za-z0-9/._+-]+$ ]] || die "DIR=$D: slurm.conf takes no other characters than letters, digits and /._+-, choose another folder"
+[[ $D =~ ^[A-Za-z0-9/._+-]+$ ]] ||
+  die "DIR=$D: slurm.conf takes no other characters than letters, digits and /._+-, choose another folder"
 [ "$(id -u)" = 0 ] || die "namespaces and networks of their own need root: run it as root"
 
 # What INDEX names, for commands that take one.
@@ -273,7 +284,7 @@ run)
 crash)
   index "$@"
   pid=$(pid_of "n$i") || die "n$i is off already"
-  # Unplugged first: a machine without power says no goodbye to those it was connected with, as the kernel would for it.
+  # Unplugged first, or the kernel would close connections for it: a machine without power says no goodbye.
   (enter ip link set "n$i" down)
   kill -KILL "$pid"
   until_true "the end of n$i" is_gone "n$i"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,23 @@ def test_a_signal_reaches_the_trap_of_the_batch_shell_which_can_requeue_its_job(
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     starts = [line for line in slurm.output(job).splitlines() if re.match("start|trapped", line)]
     assert starts == ["start 0", "trapped", "start 1"]
+
+
+def test_an_urgent_job_sends_those_in_its_way_the_signal_they_asked_for_and_takes_their_nodes(
+    slurm: SlurmNodes,
+) -> None:
+    script = """#!/bin/bash
+    trap 'echo trapped; exit 0' USR1
+    sleep 600 &
+    echo ready
+    wait
+    """
+    job = slurm.submit("--nodes=3", "--exclusive", "--signal=B:USR1@60", script=script)
+    slurm.wait_for_output(job, "^ready$")
+    urgent = slurm.submit("--partition=urgent", "--nodes=1", "--wrap=true")
+    slurm.wait_for_output(job, "^trapped$")
+    slurm.wait(urgent, "COMPLETED")
+    slurm.wait(job, "COMPLETED")
 
 
 def test_a_job_of_a_crashed_node_is_requeued_on_the_others_and_the_node_comes_back(slurm: SlurmNodes, calling) -> None:
@@ -219,13 +237,19 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def wait_for_ends(processes: list[psutil.Process]) -> None:
+    """Those that do not end are killed, and the test fails."""
     deadline = time.monotonic() + 30
     while left := [p for p in processes if is_alive(p)]:
-        assert time.monotonic() < deadline, left
+        if time.monotonic() > deadline:
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            pytest.fail(f"still there: {left}")
         time.sleep(0.05)
 
 
 def test_a_second_cluster_lives_beside_the_first_and_leaves_nothing(slurm: SlurmNodes, tmp_path: Path) -> None:
+    links = psutil.net_if_addrs().keys()
     with SlurmNodes(tmp_path / "second", nodes=1) as second:
         job = second.submit("--wrap=echo ready; setsid sleep 601 & sleep 602")
         second.wait_for_output(job, "ready")
@@ -233,13 +257,11 @@ def test_a_second_cluster_lives_beside_the_first_and_leaves_nothing(slurm: Slurm
         # The job and what it has left behind are found too.
         assert {"sleep 601", "sleep 602"} <= {" ".join(p.cmdline()) for p in processes}
         assert slurm.sinfo().keys() == {"n1", "n2", "n3"}
+        # Its bridge and cables are its own.
+        assert not {"br0", "n1"} & (psutil.net_if_addrs().keys() - links)
+        assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert [p for p in processes if is_alive(p)] == []
     assert naming(tmp_path) == []
-    # Namespaces end with their last process, unless they are mounted somewhere.
-    mounts = Path("/proc/self/mountinfo").read_text()
-    assert str(tmp_path) not in mounts
-    assert "nsfs" not in mounts
-    assert not {"br0", "n1"} & psutil.net_if_addrs().keys()
     slurm.wait(slurm.submit("--nodes=3", "--wrap=srun true"), "COMPLETED")
 
 
@@ -296,6 +318,16 @@ def test_mistakes_of_the_command_line_are_told(tmp_path: Path, folder: str, word
     assert ended.returncode in (1, 2)
     assert says in ended.stderr
     assert not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize("name", ["dev", "log", "run", "spool", "state"])
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    ended = script(tmp_path, "up", "1")
+    script(tmp_path, "down")
+    assert ended.returncode == 1
+    assert f"it has a folder {name} that is not of a cluster, choose a new folder" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_faults_of_nodes_that_cannot_have_them_are_refused(slurm_cluster: SlurmNodes) -> None:
