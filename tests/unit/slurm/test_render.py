@@ -127,6 +127,7 @@ def test_hostile_values_are_refused_or_written_as_they_are(field: str, tmp_path:
         assert script.partition("set -euo pipefail")[2] == plain.partition("set -euo pipefail")[2]
     # What is written is one assignment or comment a line: run up to the body, it leaves nothing.
     heads = "\n".join(script.partition("set -euo pipefail")[0] for script in scripts)
+    path = {"PATH": os.environ["PATH"]}
     ran = subprocess.run(["bash"], input=heads, cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
