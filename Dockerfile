@@ -34,10 +34,13 @@ COPY LICENSE README.md ./
 COPY configs configs
 COPY data_pipeline data_pipeline
 COPY hopescale hopescale
-# Compiled on all cores at once. What is written for a newer Python does not compile, and is not imported either.
 RUN /opt/tools/bin/pip --python /opt/hopescale install --no-deps --force-reinstall . \
     && /opt/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
-    --output-format JSON --output-file /opt/hopescale/sbom.cdx.json /opt/hopescale/bin/python \
+    --no-validate --output-format JSON --output-file /opt/hopescale/sbom.cdx.json /opt/hopescale/bin/python
+# Left out of torch: its own tests, and what only a compiler reads, which is in no use where there is none. The rest is
+# compiled on all cores at once; a file that is written for a newer Python does not compile, and is not imported either.
+RUN rm -r /opt/hopescale/lib/python3*/site-packages/torch/include /opt/hopescale/lib/python3*/site-packages/torch/test \
+    /opt/hopescale/lib/python3*/site-packages/torch/bin/test_* \
     && { /opt/hopescale/bin/python -m compileall -q -j 0 /opt/hopescale/lib || echo "see above for what did not compile"; }
 
 FROM ${BASE_IMAGE}

@@ -3,7 +3,7 @@
 #
 #   image.sh up DIR                                an own storage, and in it a Debian under the name of the base image
 #   image.sh build DIR                             the image, by launch/container/build.sh, from a clone of HEAD
-#   image.sh podman|buildah DIR ARGUMENT...        either of them on that storage
+#   image.sh in DIR COMMAND...                     podman, buildah or what calls them, on that storage
 #   image.sh run DIR ARGUMENT...                   `podman run`, as this kernel allows it
 #   image.sh unpack DIR IMAGE FILE.sqsh            the image as one file, with its variables in /etc/environment
 #   image.sh down DIR                              ends what still runs, and removes DIR
@@ -133,6 +133,6 @@ CGROUP=hopescale-$(basename "$DIR")
 shift 2
 case $command in
 up | build | run | unpack | down) "$command" "$@" ;;
-podman | buildah) in_own_mounts "$command" "$@" ;;
+in) in_own_mounts "$@" ;;
 *) usage; exit 2 ;;
 esac
