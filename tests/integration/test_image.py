@@ -1,4 +1,4 @@
-"""The image, built as a user builds it and run as a careful one runs it; image.sh says what differs on a bare machine."""
+"""The image, built as a user builds it and run as a careful one runs it; image.sh tells what is not as a user has."""
 
 from __future__ import annotations
 
