@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Prints the build argument that pins the base image to what its name stands for now, for all platforms at once.
+# Prints the build argument that pins the base image to what its name stands for now.
 #   docker build --build-arg "$(bash launch/container/pin.sh)" -t hopescale .
 #   bash launch/container/pin.sh [IMAGE]       IMAGE instead of the Dockerfile's own base
 #
-# Asks the registry with the first of skopeo, docker, podman, buildah that is installed; podman and buildah pull the image.
+# Asks the registry with the first of skopeo, docker, podman, buildah that is installed; the last two pull the image. What is
+# pinned is the image for all platforms, except by buildah, which pins that for this machine's.
 #   ENGINE  use this one
 set -euo pipefail
 
@@ -48,7 +49,7 @@ digest() {
     skopeo inspect --raw "docker://$2" >"$manifest" && sha256sum <"$manifest" | sed 's/^/sha256:/; s/ .*//'
     ;;
   docker) docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$2" ;;
-  podman) podman pull --quiet "$2" >/dev/null && podman image inspect --format '{{index .RepoDigests 0}}' "$2" | sed 's/.*@//' ;;
+  podman) podman pull --quiet "$2" >/dev/null && podman image inspect --format '{{.Digest}}' "$2" ;;
   buildah) buildah pull --quiet "$2" >/dev/null && buildah inspect --type image --format '{{.FromImageDigest}}' "$2" ;;
   *) die "ENGINE=$1: must be skopeo, docker, podman or buildah." ;;
   esac
