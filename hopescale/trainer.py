@@ -180,6 +180,7 @@ class Trainer:
         if window is None:
             return
         recorder, state = self.recorder, self.state
+        recorder.set("planned_steps", self.config.train.steps)
         recorder.set("attempted_steps_total", state.attempted_steps)
         recorder.set("nonfinite_steps_total", state.attempted_steps - state.step)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
