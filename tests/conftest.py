@@ -36,6 +36,7 @@ def _has_programs(*names: str) -> Callable[[], bool]:
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+    "grafana-sdk": _has_modules("grafana_foundation_sdk"),
     "gpu": lambda: torch.cuda.is_available(),
     "2gpus": lambda: torch.cuda.device_count() >= 2,
     "deepspeed": _has_modules("deepspeed"),
