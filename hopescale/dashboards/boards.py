@@ -7,7 +7,7 @@ node, the series there begins at the old total, which is no increase of its own.
 
 from __future__ import annotations
 
-from hopescale.dashboards.panel import Board, Colour, Panel, Query, Section
+from hopescale.dashboards.panel import Board, Colour, Mark, Panel, Query, Section
 
 _RANKS = (
     Query("max by (cluster, run) (hopescale_step_seconds)", "{{run}} slowest rank"),
@@ -477,3 +477,13 @@ NODES = Board(
 )
 
 BOARDS = (OVERVIEW, OPTIMIZER, DATA, RELIABILITY, NODES)
+"""In the order of the links between them."""
+
+_NEW_CHECKPOINT = (
+    "changes(hopescale_last_checkpoint_step[$__rate_interval]) > 0 "
+    "or (hopescale_last_checkpoint_step unless hopescale_last_checkpoint_step offset $__rate_interval)"
+)
+# An incarnation has a series of its own, so that one which was not there before is a start, wherever the run went and
+# however long it was gone. The counter of restarts moves then too, but across a gap no rate sees that.
+_NEW_INCARNATION = "hopescale_run_info unless hopescale_run_info offset $__rate_interval"
+MARKS = (Mark("Checkpoint", _NEW_CHECKPOINT, "blue"), Mark("Start", _NEW_INCARNATION, "orange"))

@@ -9,18 +9,15 @@ from typing import Any, NamedTuple
 
 from data_pipeline.cache import write_bytes
 from data_pipeline.errors import Problem, UserError, missing_extra
+from hopescale.dashboards.boards import MARKS
 from hopescale.dashboards.compose import FILTERS, Heading, Layout, PlacedPanel, compose, filtered
-from hopescale.dashboards.panel import COLUMNS, Panel
+from hopescale.dashboards.panel import COLUMNS, Mark, Panel
 from hopescale.metrics.catalog import CATALOG, by_key
 from hopescale.metrics.metric import Metric
 
 TAG = "hopescale"
 PLUGINS = {"stat": "stat", "lines": "timeseries", "bars": "timeseries", "gauges": "bargauge", "table": "table"}
 """Grafana's panel plugin by kind."""
-CHECKPOINTS = "changes(hopescale_last_checkpoint_step[$__rate_interval]) > 0"
-STARTS = "hopescale_run_info unless hopescale_run_info offset $__rate_interval"
-"""Each incarnation has a series of its own, so that one which was not there before is a start, wherever the run went
-and however long it was gone. The counter of restarts moves then too, but across a gap no rate sees that."""
 
 
 def write_dashboards(folder: Path, catalog: Sequence[Metric] = CATALOG) -> list[Path]:
@@ -95,12 +92,7 @@ def _dashboard(sdk: _Sdk, layout: Layout) -> Any:
         templating=models.DashboardDashboardTemplating(
             list_val=[_source_variable(sdk), *(_variable(sdk, name, filters) for name in filters)]
         ),
-        annotations=models.AnnotationContainer(
-            list_val=[
-                _annotation(sdk, "Checkpoints", CHECKPOINTS, "blue"),
-                _annotation(sdk, "Starts", STARTS, "orange"),
-            ]
-        ),
+        annotations=models.AnnotationContainer(list_val=[_annotation(sdk, mark) for mark in MARKS]),
         links=[
             models.DashboardLink(
                 title="hopescale",
@@ -154,9 +146,10 @@ def _variable(sdk: _Sdk, name: str, filters: Sequence[str]) -> Any:
     )
 
 
-def _annotation(sdk: _Sdk, name: str, promql: str, colour: str) -> Any:
+def _annotation(sdk: _Sdk, mark: Mark) -> Any:
+    expression = filtered(mark.promql, FILTERS)
     return sdk.dashboard.AnnotationQuery(
-        name=name, datasource=_source(sdk), icon_color=colour, expr=filtered(promql, FILTERS)
+        name=mark.name, datasource=_source(sdk), icon_color=mark.colour, expr=expression
     )
 
 
@@ -181,10 +174,8 @@ def _panel(sdk: _Sdk, placed: PlacedPanel) -> Any:
 
 
 def _target(sdk: _Sdk, panel: Panel, index: int) -> Any:
-    query = panel.queries[index]
-    # What looks back over the whole time shown says the same at every moment of it that a line could be drawn through.
-    newest = panel.kind == "table" or "$__range" in query.promql
-    formats = sdk.prometheus.PromQueryFormat
+    query, formats = panel.queries[index], sdk.prometheus.PromQueryFormat
+    newest = panel.asks_once(query)
     return sdk.prometheus.Dataquery(
         expr=query.promql,
         legend_format=query.legend,

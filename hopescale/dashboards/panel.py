@@ -63,6 +63,10 @@ class Panel:
     high: float | None = None
     colours: tuple[tuple[float | None, Colour], ...] = ()
 
+    def asks_once(self, query: Query) -> bool:
+        """Whether the newest moment alone is asked for: of a table, and of what looks back over all the time shown."""
+        return self.kind == "table" or "$__range" in query.promql
+
 
 @dataclass(frozen=True)
 class Section:
@@ -77,6 +81,21 @@ class Section:
     title: str
     panels: tuple[Panel, ...] = ()
     takes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Moments that are marked in all panels of all dashboards.
+
+    Attributes:
+        name: of what happened.
+        promql: has a value while it is news.
+        colour: of the marks.
+    """
+
+    name: str
+    promql: str
+    colour: Literal["blue", "orange"]
 
 
 @dataclass(frozen=True, kw_only=True)
