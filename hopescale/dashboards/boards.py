@@ -1,59 +1,13 @@
 """The dashboards: their sections, and the panels that are better made by hand than generated from the catalog.
 
 A metric that a panel here shows on its own dashboard gets no generated panel. Queries name metrics bare; cluster, run
-and so on are added. Restarts and the like are counted by the maximum over nodes: where a run comes back on another
-node, the series there begins at the old total, which is no increase of its own.
+and so on are added.
 """
 
 from __future__ import annotations
 
-from hopescale.dashboards.panel import Board, Colour, Mark, Panel, Query, Section
-
-_RANKS = (
-    Query("max by (cluster, run) (hopescale_step_seconds)", "{{run}} slowest rank"),
-    Query("quantile by (cluster, run) (0.5, hopescale_step_seconds)", "{{run}} median"),
-    Query("min by (cluster, run) (hopescale_step_seconds)", "{{run}} fastest rank"),
-)
-_WAITING_COLOURS: tuple[tuple[float | None, Colour], ...] = ((None, "green"), (0.05, "orange"), (0.2, "red"))
-_AGE_COLOURS: tuple[tuple[float | None, Colour], ...] = ((None, "green"), (300, "orange"), (900, "red"))
-
-
-def _stat(
-    title: str,
-    description: str,
-    unit: str,
-    promql: str,
-    colours: tuple[tuple[float | None, Colour], ...] = (),
-    *,
-    decimals: int | None = None,
-) -> Panel:
-    return Panel(
-        title,
-        description,
-        unit,
-        (Query(promql),),
-        kind="stat",
-        width=3,
-        height=4,
-        colours=colours,
-        decimals=decimals,
-    )
-
-
-def _events(title: str, description: str, key: str) -> Panel:
-    """Events in the time shown, wherever the run was."""
-    promql = f"increase((max by (cluster, run) (hopescale_{key}))[$__range:$__interval])"
-    return _stat(title, description, "locale", promql, ((None, "green"), (0.5, "orange")), decimals=0)
-
-
-_GOODPUT = _stat(
-    "Goodput",
-    "Share of the time since the run's first start that went into steps that count.",
-    "percentunit",
-    "hopescale_goodput_ratio",
-    ((None, "red"), (0.5, "orange"), (0.8, "green")),
-    decimals=1,
-)
+from hopescale.dashboards.panel import Board, Mark, Panel, Query, Section
+from hopescale.dashboards.recipes import AGE_COLOURS, GOODPUT, OVER_RANKS, WAITING_COLOURS, by_class, events, over, stat
 
 OVERVIEW = Board(
     dashboard="overview",
@@ -63,40 +17,40 @@ OVERVIEW = Board(
         Section(
             "Now",
             (
-                _stat("Step", "Optimizer updates done.", "locale", "hopescale_step", decimals=0),
-                _stat(
+                stat("Step", "Optimizer updates done.", "locale", "hopescale_step", decimals=0),
+                stat(
                     "Time left",
                     "Steps still to do at the mean pace of the time shown, evaluations, checkpoints and gaps included.",
                     "s",
                     "(hopescale_planned_steps - hopescale_step) / (deriv(hopescale_step[$__range]) > 0)",
                     decimals=1,
                 ),
-                _stat("Newest loss", "Training objective.", "short", "hopescale_loss", decimals=4),
-                _stat(
+                stat("Newest loss", "Training objective.", "short", "hopescale_loss", decimals=4),
+                stat(
                     "Newest skill",
                     "One step ahead on held-out clips: 0 is copying the last frame, 1 is perfect.",
                     "short",
                     'hopescale_skill{kind="one_step"}',
                     decimals=3,
                 ),
-                _stat(
+                stat(
                     "Speed", "Clips of all ranks a second.", "suffix:clips/s", "hopescale_clips_per_second", decimals=1
                 ),
-                _stat(
+                stat(
                     "Waiting for data",
                     "Share of the training time in which ranks waited for their next batch.",
                     "percentunit",
                     "hopescale_data_wait_ratio",
-                    _WAITING_COLOURS,
+                    WAITING_COLOURS,
                     decimals=1,
                 ),
-                _GOODPUT,
-                _stat(
+                GOODPUT,
+                stat(
                     "Last sign of life",
                     "Time since the last log step of the rank that has been silent longest.",
                     "s",
                     "time() - min by (cluster, run) (hopescale_last_step_timestamp_seconds)",
-                    _AGE_COLOURS,
+                    AGE_COLOURS,
                     decimals=0,
                 ),
             ),
@@ -140,7 +94,7 @@ OVERVIEW = Board(
                     "suffix:clips/s",
                     (
                         Query("hopescale_clips_per_second", "{{run}} training"),
-                        Query("rate(hopescale_clips_total[$__rate_interval])", "{{run}} over all"),
+                        Query(over("clips_total", "goodput_seconds_total"), "{{run}} over all"),
                     ),
                     low=0,
                 ),
@@ -148,14 +102,14 @@ OVERVIEW = Board(
                     "Step time over ranks",
                     "Mean duration of a step since the last log step: all ranks wait for the slowest.",
                     "s",
-                    _RANKS,
+                    OVER_RANKS,
                     low=0,
                 ),
                 Panel(
                     "Time spent training",
                     "Share of the time spent in training steps; the rest is evaluation and checkpoints.",
                     "percentunit",
-                    (Query("rate(hopescale_train_seconds_total[$__rate_interval])"),),
+                    (Query(over("train_seconds_total", "goodput_seconds_total")),),
                     low=0,
                     high=1,
                 ),
@@ -346,30 +300,30 @@ RELIABILITY = Board(
         Section(
             "Now",
             (
-                _GOODPUT,
-                _stat(
+                GOODPUT,
+                stat(
                     "Steps at risk",
                     "Steps since the last committed checkpoint, which a crash would lose.",
                     "locale",
                     "hopescale_step - hopescale_last_checkpoint_step",
                     decimals=0,
                 ),
-                _stat(
-                    "Age of the last checkpoint",
+                stat(
+                    "Checkpoint age",
                     "Time since the last checkpoint was committed.",
                     "s",
                     "time() - hopescale_last_checkpoint_timestamp_seconds",
                     decimals=0,
                 ),
-                _stat("Ranks", "Ranks of this incarnation, whether they answer or not.", "locale", "hopescale_ranks"),
-                _events("Restarts", "Times the run was started again in the time shown.", "restarts_total"),
-                _events("Preemptions", "Times it was told to stop, and committed first.", "preemptions_total"),
-                _events(
+                stat("Ranks", "Ranks of this incarnation, whether they answer or not.", "locale", "hopescale_ranks"),
+                events("Restarts", "Times the run was started again in the time shown.", "restarts_total"),
+                events("Preemptions", "Times it was told to stop, and committed first.", "preemptions_total"),
+                events(
                     "Failed checkpoints",
                     "Checkpoints that could not be written in the time shown.",
                     "checkpoint_failures_total",
                 ),
-                _events("Skipped steps", "Steps whose gradients were not finite.", "nonfinite_steps_total"),
+                events("Skipped steps", "Steps whose gradients were not finite.", "nonfinite_steps_total"),
             ),
         ),
         Section(
@@ -377,19 +331,19 @@ RELIABILITY = Board(
             (
                 Panel(
                     "Time by class",
-                    "What each second goes into; the time between two incarnations counts at the restart.",
+                    "What time goes into; that between two incarnations counts at the restart.",
                     "percentunit",
-                    (Query("rate(hopescale_goodput_seconds_total[$__rate_interval])", "{{run}} {{kind}}"),),
+                    by_class("rate", "$__rate_interval"),
                     width=12,
                     height=9,
-                    stacked=True,
+                    shares=True,
                     low=0,
                 ),
                 Panel(
                     "Time by class, in all",
                     "What the time shown went into.",
                     "s",
-                    (Query("increase(hopescale_goodput_seconds_total[$__range])", "{{run}} {{kind}}"),),
+                    by_class("increase", "$__range"),
                     kind="gauges",
                     width=7,
                     height=9,

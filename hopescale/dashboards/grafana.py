@@ -234,11 +234,11 @@ def _drawing(sdk: _Sdk, panel: Panel) -> Any:
     """How a time series is drawn."""
     common, bars = sdk.common, panel.kind == "bars"
     scale = common.ScaleDistribution.LOG if panel.logarithmic else common.ScaleDistribution.LINEAR
-    stacking = common.StackingMode.NORMAL if panel.stacked else common.StackingMode.NONE
+    stacking = common.StackingMode.PERCENT if panel.shares else common.StackingMode.NONE
     return common.GraphFieldConfig(
         draw_style=common.GraphDrawStyle.BARS if bars else common.GraphDrawStyle.LINE,
         line_width=1,
-        fill_opacity=60 if bars or panel.stacked else 8,
+        fill_opacity=60 if bars or panel.shares else 8,
         show_points=common.VisibilityMode.AUTO,
         # A number that was not measured is a gap and no line between its neighbours.
         span_nulls=False,

@@ -40,7 +40,7 @@ class Panel:
             each series; `table` a row for each series, of its labels.
         width: in columns; when None, neighbours without one share lines of up to three evenly.
         height: in rows of the grid, 30 pixels each.
-        stacked: areas on top of each other.
+        shares: areas on top of each other, as shares of their sum.
         logarithmic: axis.
         decimals: of numbers; as many as it takes when None.
         low: lower end of the axis; what the numbers need when None.
@@ -56,7 +56,7 @@ class Panel:
     kind: Kind = "lines"
     width: int | None = None
     height: int = 8
-    stacked: bool = False
+    shares: bool = False
     logarithmic: bool = False
     decimals: int | None = None
     low: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,3 +154,23 @@ def test_what_was_scraped_is_what_the_run_wrote_down(watched: Watched) -> None:
         assert len(compared) >= 3
         for step, value in compared.items():
             assert value == pytest.approx(written[step][key], rel=1e-6, abs=1e-12), (key, step)
+
+
+@pytest.mark.requires("demo")
+def test_a_dashboard_is_drawn_from_what_prometheus_has(watched: Watched, hopescale, tmp_path: Path) -> None:
+    drawn = hopescale("report", str(watched.folder), "--dashboard", watched.prometheus.url, "--json")
+    assert drawn.returncode == 0, drawn.stderr
+    paths = json.loads(drawn.stdout.splitlines()[-1])
+    picture = watched.folder / "report" / "dashboard.png"
+    assert paths == {"dashboard": str(picture), "answers": str(picture.with_suffix(".json"))}
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+
+    again = hopescale("report", str(watched.folder), "--dashboard", paths["answers"])
+    assert again.returncode == 0, again.stderr
+    assert picture.read_bytes() == first
+
+    shutil.copytree(watched.folder, tmp_path / "another")
+    unknown = hopescale("report", str(tmp_path / "another"), "--dashboard", watched.prometheus.url)
+    assert unknown.returncode == 2
+    assert f"knows no run of this name; it has {LABELS['run']}" in unknown.stderr
