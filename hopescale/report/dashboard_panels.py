@@ -155,7 +155,7 @@ def draw_graph(canvas: Canvas, panel: Panel, place: Place, series: Sequence[Name
     _style_axes(axes, panel, times, (low / scale.divisor, high / scale.divisor))
     axes.set_yticks(ticks, labels)
     axes.minorticks_off()
-    axes.set_xticks(*_time_ticks(times, place.width - left))
+    axes.set_xticks(*_time_ticks(times, place.width - left, canvas.text_width("00:00:00", _SMALL)))
     _plot(axes, panel, layers / scale.divisor, times)
 
 
@@ -248,15 +248,18 @@ def _tick_labels(ticks: Sequence[float], panel: Panel, scale: Scale) -> list[str
     # 2.5 apart needs one more than 2 or 5 apart.
     decimals += round(apart * 10**decimals, 6) != round(apart * 10**decimals)
     if 0 < top < 1e-3:
-        return [f"{tick:.{max(0, decimals + math.floor(math.log10(top)))}e}{scale.suffix}" for tick in ticks]
+        digits = max(0, decimals + math.floor(math.log10(top)))
+        return [(f"{tick:.{digits}e}" if tick else "0") + scale.suffix for tick in ticks]
     return [written(tick, decimals, panel.unit) + scale.suffix for tick in ticks]
 
 
-def _time_ticks(times: Times, width: float) -> tuple[list[float], list[str]]:
-    most = max(2, int(width / 0.75))
+def _time_ticks(times: Times, width: float, label: float) -> tuple[list[float], list[str]]:
+    """Moments and their labels, of a width, all of them inside."""
+    most = max(2, int(width / (1.5 * label)))
     step = next((step for step in _TIME_STEPS if (times.end - times.start) / step <= most), _TIME_STEPS[-1])
     first = math.ceil(times.start / step) * step
-    ticks = [float(tick) for tick in np.arange(first, times.end + 1e-6, step)]
+    last = times.end - (times.end - times.start) * label / 2 / width
+    ticks = [float(tick) for tick in np.arange(first, last, step)]
     form = "%H:%M:%S" if step < 60 else "%H:%M" if step < 86400 else "%m-%d"
     return ticks, [datetime.fromtimestamp(tick, UTC).strftime(form) for tick in ticks]
 
