@@ -43,6 +43,7 @@ def _can_build_images() -> bool:
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+    "grafana-sdk": _has_modules("grafana_foundation_sdk"),
     "gpu": lambda: torch.cuda.is_available(),
     "2gpus": lambda: torch.cuda.device_count() >= 2,
     "deepspeed": _has_modules("deepspeed"),
@@ -50,6 +51,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "encode": _has_modules("av", "PIL", "transformers"),
     "image": _can_build_images,
     "prometheus": _has_modules("prometheus_client"),
+    "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),
     "slurm": _has_programs_and_root(
         "sbatch", "srun", "slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter", "setpriv"
