@@ -8,9 +8,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Disagreement",
     "Diverged",
     "MissingExtra",
     "Problem",
+    "Superseded",
     "UserError",
     "describe",
     "missing_extra",
@@ -19,6 +21,8 @@ __all__ = [
 EXIT_DONE = 0
 EXIT_NO_CHECKPOINT = 71
 EXIT_DIVERGED = 72
+EXIT_CORRUPTED = 73
+EXIT_SUPERSEDED = 74
 EXIT_PREEMPTED = 75
 
 
@@ -30,6 +34,18 @@ class Diverged(UserError):
     """Training cannot go on: step after step has gradients that are not finite."""
 
     exit_code = EXIT_DIVERGED
+
+
+class Disagreement(UserError):
+    """Ranks that must hold the same numbers do not."""
+
+    exit_code = EXIT_CORRUPTED
+
+
+class Superseded(UserError):
+    """A later incarnation has taken the run over, so this one must not write any more."""
+
+    exit_code = EXIT_SUPERSEDED
 
 
 class CheckpointError(UserError):

@@ -116,9 +116,10 @@ def _write_run(run: RunFolder, config: Config, model: Predictor, step: int) -> P
     groups = parameter_groups(model.named_parameters(), config.optimizer, config.model.cms.parameter_periods)
     optimizer = M3(groups, config.optimizer)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.create()
+    incarnation = run.create()
     with closing(run.claim()), process_group(config.parallel, Launch(), torch.device("cpu")):
-        checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
-        folder = checkpoints.save(model, optimizer, RunState(step=step, attempted_steps=step))
+        checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config), incarnation)
+        with closing(checkpoints):
+            folder = checkpoints.save(model, optimizer, RunState(step=step, attempted_steps=step))
         run.write_config(config)
     return folder

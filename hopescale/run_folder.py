@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -13,20 +14,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from data_pipeline.cache import write_json
+from hopescale.checkpoint.staging import newest_incarnation
 from hopescale.config.compose import to_yaml
 from hopescale.config.schema import Config
 from hopescale.errors import EXIT_DONE, ConfigError, Problem, UserError, describe
+from hopescale.slurm.environment import SlurmJob
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_APPEAR = 30.0
+"""Longer than NFS keeps what it knows of a folder by itself (acdirmin)."""
 
 RunStateName = Literal["running", "finished", "preempted", "failed"]
 
 
 class RunFolder:
-    """Paths inside RUN, and the few files this module owns: config.yaml, status.json, result.json."""
+    """Paths inside RUN, and the few files this module owns: config.yaml, status.json, lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,30 +44,66 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.logs = path / "logs"
         self.report = path / "report"
+        self.goodput = path / "goodput.jsonl"
 
     def create(self) -> int:
         """Make the subfolders, and count this incarnation (from 0)."""
         for folder in (self.checkpoints, self.logs, self.report):
             folder.mkdir(parents=True, exist_ok=True)
-        return self.read_status().get("incarnation", -1) + 1
+        return max(self.read_status().get("incarnation", -1), newest_incarnation(self.checkpoints)) + 1
 
-    def claim(self) -> IO[str]:
+    def leave_mark(self) -> Path:
+        """A new file by which other nodes see whether this is the folder that they see."""
+        mark = self.logs / f"seen-{secrets.token_hex(8)}"
+        mark.touch()
+        return mark
+
+    def look_for(self, mark: Path) -> None:
+        """Wait until another node's mark is to be seen here, which file systems of a network may take seconds for.
+
+        Raises:
+            ConfigError: it does not come.
+        """
+        until = time.monotonic() + SECONDS_TO_APPEAR
+        while not mark.exists():
+            if time.monotonic() > until:
+                rule = (
+                    f"must be one folder for all nodes, and {socket.gethostname()} does not see what the first writes"
+                )
+                fix = "name a folder on the file system that the nodes share"
+                raise ConfigError(Problem("run.dir", self.path, rule, fix))
+            # A listing makes NFS ask its server.
+            list(self.logs.iterdir() if self.logs.is_dir() else ())
+            time.sleep(0.1)
+
+    def claim(self, job: SlurmJob | None = None) -> IO[str]:
         """Take the folder for this run, until the returned file is closed or its process ends, however it ends.
+
+        A Slurm job that was requeued takes it from its own earlier start: Slurm says that this is over, though a node
+        that is cut off may not know it yet.
 
         Raises:
             ConfigError: another run is alive in it.
         """
-        lock = (self.path / "lock").open("a+")
+        path = self.path / "lock"
+        lock = path.open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip()
+            owner = _read_owner(lock.read())
             lock.close()
-            rule = f"another run is training here ({owner})"
-            raise ConfigError(Problem("run.dir", self.path, rule, "wait for it, or name another folder")) from None
+            if job is None or owner.job is None or not job.succeeds(owner.job):
+                rule = f"another run is training here ({owner.told})"
+                raise ConfigError(Problem("run.dir", self.path, rule, "wait for it, or name another folder")) from None
+            logger.warning("taking the run over from an earlier start of job %s (%s)", job.id, owner.told)
+            # The earlier start keeps its lock on a file that has no name any more.
+            path.unlink()
+            lock = path.open("a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        told = {"process": os.getpid(), "host": socket.gethostname()}
+        lock.write(json.dumps(told | ({} if job is None else {"job": job.id, "restart": job.restart})))
         lock.flush()
         return lock
 
@@ -97,9 +139,17 @@ class Attempt:
 
     def say(self, state: RunStateName, code: int = EXIT_DONE) -> None:
         """Replace status.json atomically."""
-        if self.speaks:
-            word = {"state": state, "code": code, "step": self.step, "incarnation": self.incarnation}
+        if not self.speaks:
+            return
+        word = {"state": state, "code": code, "step": self.step, "incarnation": self.incarnation}
+        try:
+            if self.run.read_status().get("incarnation", -1) > self.incarnation:
+                logger.warning("a later incarnation has taken %s over: its status.json stays", self.run.path)
+                return
             write_json(self.run.status, word)
+        except OSError as error:
+            # A full disk must not end a run that may have room again when it saves.
+            logger.error("status.json does not say %s: %s", state, error)
 
     @contextmanager
     def failing_aloud(self) -> Iterator[None]:
@@ -114,6 +164,22 @@ class Attempt:
         except Exception:
             logger.exception("training crashed")
             raise
+
+
+class _Owner(NamedTuple):
+    told: str
+    job: SlurmJob | None
+
+
+def _read_owner(text: str) -> _Owner:
+    """Who holds a lock, by what its file says; nobody but this module writes it."""
+    try:
+        told = json.loads(text)
+        job = SlurmJob(told["job"], told["restart"]) if "job" in told else None
+        of_job = "" if job is None else f" of Slurm job {job.id}, started {job.restart + 1} times"
+        return _Owner(f"process {told['process']} on {told['host']}{of_job}", job)
+    except (ValueError, KeyError, TypeError):
+        return _Owner(text.strip() or "unknown", None)
 
 
 def make_run_folder(config: Config) -> Path:

@@ -26,7 +26,7 @@ from hopescale.checkpoint.resume import check_same_curve, newest_valid
 from hopescale.config.compose import load_config, to_tree
 from hopescale.config.schema import Config
 from hopescale.dry_run import forget, forget_earlier, rehearsal, rehearse
-from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, Problem, UserError, describe
+from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_SUPERSEDED, ConfigError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
 from hopescale.metrics.open import open_recorder
@@ -48,7 +48,11 @@ from hopescale.parallel.process_group import (
 )
 from hopescale.plan.spread import Spread, model_of
 from hopescale.preflight import preflight
+from hopescale.resilience.control_word import ControlWord
+from hopescale.resilience.goodput import Goodput, process_age
+from hopescale.resilience.preemption import StopRequests
 from hopescale.run_folder import Attempt, RunFolder, make_run_folder
+from hopescale.slurm.environment import read_job
 from hopescale.trainer import Trainer
 
 # Not __name__: torchrun starts this file as __main__.
@@ -63,7 +67,7 @@ def main(overrides: Sequence[str]) -> int:
 
     Returns:
         Exit code of this rank: 0 done, 2 the user's mistake, 71 no valid checkpoint, 72 diverged, 75 stopped before
-        the end.
+        the end, 73 ranks disagree on what they computed, 74 a later start has taken the run over.
     """
     launch, config = Launch(), None
     try:
@@ -80,8 +84,9 @@ def main(overrides: Sequence[str]) -> int:
         # What is wrong on another machine, a port or a folder, only that machine can tell.
         if launch.is_first or (config is not None and launch.local_rank == 0 and launch.rank > 0):
             print(describe(error), file=sys.stderr, flush=True)
-        if launch.is_first and config is not None and config.run.dir is not None:
-            RunFolder(Path(config.run.dir)).refuse(error.exit_code)
+        folder = None if config is None or error.exit_code == EXIT_SUPERSEDED else config.run.dir
+        if launch.is_first and folder is not None:
+            RunFolder(Path(folder)).refuse(error.exit_code)
         if launch.local_rank > 0:
             # The first rank that ends takes the others of its node with it; the one that explains comes first.
             time.sleep(SECONDS_TO_EXPLAIN)
@@ -104,42 +109,53 @@ def refuse_local_rank(overrides: Sequence[str]) -> None:
 
 def train(config: Config, launch: Launch, device: torch.device, data: ClipReader, held_out: ClipReader) -> int:
     """Train inside a process group and leave the outcome in the run folder."""
-    began = time.monotonic()
+    began, job = time.monotonic(), read_job()
     run = RunFolder(decide_on_first(lambda: make_run_folder(config)))
     with ExitStack() as stack:
+        requests = StopRequests(run.path if launch.is_first else None, None if job is None else job.ends_at)
+        stack.enter_context(requests)
         stack.enter_context(closing(data))
         stack.enter_context(closing(held_out))
         with Together():
             if launch.is_first:
-                stack.enter_context(closing(run.claim()))
+                stack.enter_context(closing(run.claim(job)))
         if config.run.dry_run:
             decide_on_first(lambda: forget_earlier(run))
         attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
+        if launch.world_size > launch.local_world_size:
+            see_one_folder(run, launch)
         log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)
         logger.info("run: %s", run.path)
         stack.enter_context(attempt.failing_aloud())
         attempt.say("running")
+        account = Goodput(run.goodput if launch.is_first else None, attempt.incarnation, age=process_age())
+        stack.enter_context(account.ending_aloud(lambda: attempt.step))
         check_agreement({"configuration": config_hash(config), "code": code_hash(), "data": data.fingerprint()})
         report_unread(config, data)
         if launch.is_first:
             report_uneven(config, launch)
         engine = build(config, device, launch.world_size)
-        checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config))
+        checkpoints = CheckpointManager(run.checkpoints, config.checkpoint.keep, to_tree(config), attempt.incarnation)
+        stack.enter_context(closing(checkpoints))
         batches = global_batches(config, launch, device, data, attempt)
-        state = resume(run, config, batches, checkpoints, engine)
+        with account.spending("load"):
+            state = resume(run, config, batches, checkpoints, engine)
         decide_on_first(lambda: run.write_config(config))
         groups = [group["name"] for group in engine.optimizer.param_groups]
         with Together():
             recorder = open_recorder(config, attempt, launch, groups, state.step, device, stack)
         recorder.set("run_info", 1, **run_info(config, attempt))
+        control = ControlWord(requests)
         trainer = Trainer(
             config=config,
             engine=engine,
             data=stack.enter_context(closing(batches)),
             recorder=recorder,
             checkpoints=checkpoints,
-            evaluate=lambda: evaluate(engine, config, held_out, device, launch, state.step),
+            evaluate=lambda: evaluate(engine, config, held_out, device, launch, state, control),
             attempt=attempt,
+            account=account,
+            control=control,
             state=state,
             device=device,
             world_size=launch.world_size,
@@ -150,11 +166,26 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
             outcome = trainer.run()
             code = EXIT_DONE if outcome == "finished" else EXIT_PREEMPTED
             attempt.say(outcome, code)
+            account.outcome = outcome
+            requests.granted(stop=True)
     if config.run.dry_run:
         forget(run)
         return EXIT_DONE
     logger.info("%s at step %d of %d: %s", outcome, state.step, config.train.steps, run.path)
     return code
+
+
+def see_one_folder(run: RunFolder, launch: Launch) -> None:
+    """Refuse a run folder that every node has for itself.
+
+    Raises:
+        ConfigError: on every rank, naming a node that sees another one.
+    """
+    mark = decide_on_first(run.leave_mark)
+    with Together():
+        run.look_for(mark)
+    if launch.is_first:
+        mark.unlink()
 
 
 def report_unread(config: Config, data: ClipReader) -> None:
@@ -200,21 +231,33 @@ def global_batches(
 
 
 def evaluate(
-    engine: Engine, config: Config, held_out: ClipReader, device: torch.device, launch: Launch, step: int
+    engine: Engine,
+    config: Config,
+    held_out: ClipReader,
+    device: torch.device,
+    launch: Launch,
+    state: RunState,
+    control: ControlWord,
 ) -> dict[str, float | None]:
-    """Skills on all held-out clips, shared among the ranks, after `step` optimizer steps."""
-    errors = held_out_errors(
-        at_step(engine.model, config.model.cms, step),
-        held_out,
-        jump_horizons=config.objective.jump_horizons if config.model.can_jump else 0,
-        jump_context=config.objective.jump_context,
-        device=device,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        shuffled=True,
-        guard=Together,
-    )
-    engine.finish_evaluation()
+    """Skills on all held-out clips, shared among the ranks, after the steps done.
+
+    Raises:
+        Interrupted: on all ranks: the run is to stop.
+    """
+    try:
+        errors = held_out_errors(
+            at_step(engine.model, config.model.cms, state.step),
+            held_out,
+            jump_horizons=config.objective.jump_horizons if config.model.can_jump else 0,
+            jump_context=config.objective.jump_context,
+            device=device,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            shuffled=True,
+            guard=lambda: control.part_of_evaluation(state.attempted_steps - state.step),
+        )
+    finally:
+        engine.finish_evaluation()
     return summarise(errors.over_ranks(dist.all_reduce), sorted(set(held_out.partitions)))
 
 

@@ -27,12 +27,15 @@ from hopescale.diagnostics import (
     record_surprise,
     record_traces,
 )
-from hopescale.errors import Diverged, Problem
+from hopescale.errors import Diverged, Problem, UserError, describe
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.optim.m3 import M3
-from hopescale.parallel.agreement import Together
 from hopescale.parallel.engine import Engine
+from hopescale.resilience.control_word import ControlWord, Interrupted
+from hopescale.resilience.figures import record_survival
+from hopescale.resilience.goodput import USEFUL, Goodput
+from hopescale.resilience.preemption import Stop
 from hopescale.run_folder import Attempt
 from hopescale.train_step import StepResult, train_step
 
@@ -58,30 +61,48 @@ class Trainer:
     checkpoints: CheckpointManager
     evaluate: Callable[[], dict[str, float | None]]
     attempt: Attempt
+    account: Goodput
+    control: ControlWord
     state: RunState
     device: torch.device
     world_size: int
     clock: StepClock = field(default_factory=StepClock)
+    moved: bool = False
+    """Whether the last step attempted was taken."""
+    failed_saves: int = 0
 
     def __post_init__(self) -> None:
         self.first_step = self.attempt.step = self.state.step
+        self.logged_step = self.saved_step = self.state.step or None
         self.curriculum = Curriculum(self.config.objective, self.state.curriculum)
 
     def run(self) -> Outcome:
         """Train until the run or this job ends, with a checkpoint of the last step."""
-        batches = iter(self.data)
-        while not self.ending:
-            result = self.step(self.load(batches))
-            if result.skipped:
-                continue
+        self.account.enter("other")
+        if self.state.unscored:
+            self.score()
+        for batches in self.batches():
+            self.step(batches)
             if self.due(self.config.train.eval_every):
                 self.score()
             # Before saving, so that what a log step lets the curriculum decide is in its checkpoint.
-            if self.due(self.config.metrics.every) or self.ending:
+            if self.due(self.config.metrics.every):
                 self.log()
-            if self.due(self.config.checkpoint.every) or self.ending:
+            if self.due(self.config.checkpoint.every) or self.control.save:
                 self.save()
+        self.log()
+        self.save(last=True)
         return "finished" if self.finished else "preempted"
+
+    def batches(self) -> Iterator[StepBatches]:
+        """One for each step, until this job has nothing more to do or is told to stop."""
+        batches = iter(self.data)
+        while not self.ending:
+            taken = self.load(batches)
+            # Ranks have just agreed on it. What was taken is not counted: it is the next step's when the run goes on.
+            if self.control.stop:
+                return
+            yield taken
 
     @property
     def optimizer(self) -> M3:
@@ -90,9 +111,10 @@ class Trainer:
 
     @property
     def ending(self) -> bool:
-        """Whether this job has nothing more to do."""
+        """Whether this job has nothing more to do, or is to do no more."""
         stop_after = self.config.train.stop_after
-        return self.finished or (stop_after is not None and self.state.step - self.first_step >= stop_after)
+        enough = stop_after is not None and self.state.step - self.first_step >= stop_after
+        return self.finished or enough or self.control.stop > Stop.NO
 
     @property
     def finished(self) -> bool:
@@ -101,9 +123,14 @@ class Trainer:
         lost_patience = patience > 0 and self.state.evaluations_without_gain >= patience
         return self.state.step >= self.config.train.steps or lost_patience
 
+    @property
+    def skipped_steps(self) -> int:
+        """Attempted steps that moved nothing."""
+        return self.state.attempted_steps - self.state.step
+
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps is to be done now."""
-        return every > 0 and self.state.step % every == 0
+        """Whether something done every so many steps is to be done after the step just taken."""
+        return self.moved and every > 0 and self.state.step % every == 0
 
     @property
     def steps_to_log(self) -> int:
@@ -113,28 +140,32 @@ class Trainer:
         return min(-done % self.config.metrics.every, *(end - done for end in ends))
 
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
-        """The next global batch's share of this rank, on its device."""
-        with Together(), self.clock.waiting():
+        """The next global batch's share of this rank, on its device; here ranks agree what to do."""
+        with self.account.spending("data_wait"), self.control.word(self.skipped_steps), self.clock.waiting():
             return next(batches)
 
     def step(self, batches: StepBatches) -> StepResult:
         """One optimizer step; one whose gradients are not finite consumes its clips and moves nothing else."""
         self.curriculum.arrive(self.state.step)
-        result = train_step(
-            self.engine,
-            batches,
-            self.config.model_copy(update={"objective": self.curriculum.objective}),
-            attempt=self.state.attempted_steps,
-            step=self.state.step,
-            report_in=self.steps_to_log,
-        )
+        with self.account.stepping() as taken:
+            result = train_step(
+                self.engine,
+                batches,
+                self.config.model_copy(update={"objective": self.curriculum.objective}),
+                attempt=self.state.attempted_steps,
+                step=self.state.step,
+                report_in=self.steps_to_log,
+            )
+            taken(self.state.step + 1, result.skipped)
         self.clock.step(batches.num_clips)
         if result.skipped:
             self.report_skipped(batches)
         else:
             self.record(result, batches.micro)
+        self.moved = not result.skipped
+        self.state.data = self.data.state_dict()
         self.state.attempted_steps += 1
-        self.state.step += not result.skipped
+        self.state.step += self.moved
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             count, after = MAX_SKIPPED_IN_A_ROW, self.state.step
@@ -176,12 +207,13 @@ class Trainer:
 
     def log(self) -> None:
         """Reduce and publish everything recorded since the last log step; the curriculum learns what all ranks know."""
-        window = self.clock.take()
+        window = None if self.state.step == self.logged_step else self.clock.take()
         if window is None:
             return
         recorder, state = self.recorder, self.state
+        self.logged_step = state.step
         recorder.set("attempted_steps_total", state.attempted_steps)
-        recorder.set("nonfinite_steps_total", state.attempted_steps - state.step)
+        recorder.set("nonfinite_steps_total", self.skipped_steps)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
         recorder.set("train_seconds_total", self.clock.total_seconds)
         recorder.record_window(window)
@@ -194,14 +226,21 @@ class Trainer:
         recorder.set("curriculum_phase", state.curriculum.phase)
         for branch, weight in self.curriculum.objective.weights.items():
             recorder.set("objective_weight", weight, kind=branch)
+        record_survival(recorder, self.account, self.attempt.run.path, self.failed_saves, self.world_size)
         figures = recorder.flush(state.step)
+        self.account.tell(state.step)
         if "curriculum_surprise" in figures:
             self.curriculum.see(state.step, figures["curriculum_surprise"])
 
     def score(self) -> None:
-        """Evaluate on held-out clips, and count evaluations without a gain."""
-        with self.clock.paused():
-            skills = self.evaluate()
+        """Evaluate on held-out clips, and count evaluations without a gain; cut off where the run is to stop."""
+        with self.clock.paused(), self.account.spending(USEFUL):
+            try:
+                skills = self.evaluate()
+            except Interrupted:
+                self.state.unscored = True
+                return
+            self.state.unscored = False
             record_evaluation(self.recorder, skills)
             self.recorder.flush(self.state.step, kind="eval")
         watch = self.config.run.early_stop
@@ -210,17 +249,34 @@ class Trainer:
         self.state.best = skill if gained else best
         self.state.evaluations_without_gain = 0 if gained else self.state.evaluations_without_gain + 1
 
-    def save(self) -> None:
-        """Commit a checkpoint."""
-        with self.clock.paused():
+    def save(self, *, last: bool = False) -> None:
+        """Commit a checkpoint, unless this step has one; one that cannot be written is missed.
+
+        Args:
+            last: nothing comes after it, so it must not be missed.
+
+        Raises:
+            UserError: on all ranks, what kept the last one from being written.
+        """
+        self.control.save = False
+        if self.saved_step == self.state.step:
+            return
+        with self.clock.paused(), self.account.spending("save"):
             began = time()
-            self.state.data = self.data.state_dict()
-            self.checkpoints.save(self.engine.model, self.optimizer, self.state)
+            try:
+                folder = self.checkpoints.save(self.engine.model, self.optimizer, self.state)
+            except UserError as error:
+                if last:
+                    raise
+                self.failed_saves += 1
+                logger.error("no checkpoint of step %d, training goes on: %s", self.state.step, describe(error))
+                return
             self.recorder.set("checkpoint_seconds", time() - began)
+            self.recorder.set("checkpoint_bytes", sum(path.stat().st_size for path in folder.iterdir()))
             self.recorder.set("last_checkpoint_timestamp_seconds", time())
             self.recorder.set("last_checkpoint_step", self.state.step)
             self.recorder.flush(self.state.step, kind="checkpoint")
-            self.attempt.step = self.state.step
+            self.attempt.step = self.saved_step = self.state.step
             self.attempt.say("running")
 
 

@@ -8,6 +8,7 @@ Numbers (JSON, in the manifest):
     step                      optimizer steps taken
     attempted_steps           steps tried, skipped ones included; random draws count in them
     skipped_in_a_row          the last steps, if their gradients were not finite
+    unscored                  whether the evaluation due at this step was cut off, to be made when the run goes on
     optimizer_steps           steps each optimizer group has seen; it has fired on every period-th of them
     best, evaluations_without_gain      early stopping
     curriculum                phases begun, and the surprise seen since by one that waits for its plateau
@@ -35,6 +36,7 @@ class RunState:
     step: int = 0
     attempted_steps: int = 0
     skipped_in_a_row: int = 0
+    unscored: bool = False
     best: float | None = None
     evaluations_without_gain: int = 0
     curriculum: Progress = field(default_factory=Progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from hopescale.parallel.agreement import Together, decide_on_first
 from . import contents
 from .contents import RunState
 from .manifest import describe, read_manifest, write_manifest
+from .staging import Staging
 from .storage import TENSORS_FILE, RawReader, RawWriter
 
 logger = logging.getLogger(__name__)
@@ -57,23 +57,42 @@ class CheckpointManager:
         root: RUN/checkpoints; what an interrupted save left in it is removed.
         keep: newest committed checkpoints to keep.
         config: resolved configuration, copied into each manifest.
+        incarnation: of the run; smaller ones can commit no more from here on.
+
+    Raises:
+        Superseded: a larger one has begun.
     """
 
-    def __init__(self, root: Path, keep: int, config: dict[str, Any]) -> None:
-        self.root, self.keep, self.config = root, keep, config
+    def __init__(self, root: Path, keep: int, config: dict[str, Any], incarnation: int = 0) -> None:
+        self.root, self.keep, self.config, self.incarnation = root, keep, config, incarnation
         self.rank = dist.get_rank()
-        decide_on_first(lambda: _remove(self.root.glob("step-*.part"), self.root.glob("step-*.trash")))
+        self.staging = decide_on_first(lambda: Staging(root, incarnation))
+        decide_on_first(lambda: _remove(root.glob("step-*.trash")))
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: RunState) -> Path:
         """Commit a checkpoint of this step and return its folder; a step already committed is left as it is.
 
         Raises:
-            UserError: on all ranks, what kept any of them from writing.
+            UserError: on all ranks, what kept any of them from writing; what was written is removed.
         """
         target = step_folder(self.root, state.step)
-        part = decide_on_first(lambda: None if target.exists() else _fresh_folder(target))
+        part = decide_on_first(lambda: None if target.exists() else self.staging.fresh_folder(target.name))
         if part is None:
             return target
+        try:
+            self._write(part, target, model, optimizer, state)
+        except UserError:
+            # All ranks are here, and the next attempt may need the room.
+            decide_on_first(self.staging.clear)
+            raise
+        return target
+
+    def close(self) -> None:
+        """End this incarnation's right to save; what it has committed stays."""
+        if self.rank == 0:
+            self.staging.close()
+
+    def _write(self, part: Path, target: Path, model: nn.Module, optimizer: Optimizer, state: RunState) -> None:
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             dcp.save(contents.tensors(model, optimizer), storage_writer=RawWriter(part, self.rank), planner=planner)
@@ -87,7 +106,6 @@ class CheckpointManager:
         files: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(files, described)
         decide_on_first(lambda: self._commit(part, target, dict(files), optimizer, state))
-        return target
 
     def restore(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> RunState:
         """Load a checkpoint, which one rank has verified, into model and optimizer, on any number of ranks.
@@ -109,12 +127,13 @@ class CheckpointManager:
             "hopescale": __version__,
             "torch": torch.__version__,
             "world_size": dist.get_world_size(),
+            "incarnation": self.incarnation,
             "state": state.to_json(),
             "optimizer_steps": contents.optimizer_steps(optimizer),
             "config": self.config,
         }
         write_manifest(part, {**files, TENSORS_FILE: describe(part / TENSORS_FILE)}, content)
-        part.rename(target)
+        self.staging.commit(part, target)
         sync_path(self.root)
         try:
             for old in committed(self.root)[self.keep :]:
@@ -124,14 +143,8 @@ class CheckpointManager:
             logger.warning("an old checkpoint could not be deleted: %s", error)
 
 
-def _fresh_folder(target: Path) -> Path:
-    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
-    part.mkdir(parents=True)
-    return part
-
-
-def _remove(*groups: Iterable[Path]) -> None:
-    for folder in (folder for group in groups for folder in group):
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
         shutil.rmtree(folder)
 
 

@@ -9,7 +9,7 @@ TIME_CLASSES = (
     "load",
     "compile",
     "step",
-    "repeated_step",
+    "lost_step",
     "data_wait",
     "save",
     "restart_gap",

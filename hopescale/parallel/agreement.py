@@ -55,11 +55,24 @@ class Together(AbstractContextManager[None]):
             return
         failed = torch.tensor(float(error is not None))
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if not failed:
-            return
-        failures: list[Failure | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if error is None else _sendable(error))
-        raise _received(next(f for f in failures if f is not None)) from error
+        if failed:
+            raise share_failures(error)
+
+
+def share_failures(error: UserError | OSError | None) -> UserError:
+    """What every rank is to raise, all of them knowing already that at least one of them failed.
+
+    Args:
+        error: of this rank, if it is one of them.
+
+    Returns:
+        The error of the first rank that has one, caused by this rank's own.
+    """
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if error is None else _sendable(error))
+    shared = _received(next(f for f in failures if f is not None))
+    shared.__cause__ = error
+    return shared
 
 
 def check_agreement(values: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from hopescale.config.schema import Config
 from hopescale.model.passes import Pass, passes
 from hopescale.optim.planner import Schedule
 from hopescale.parallel.deepspeed import bucket_numbers
+from hopescale.resilience.control_word import WORD_BYTES
 
 from .spread import NUMBER_BYTES, Parameter, Spread
 
@@ -23,8 +24,6 @@ SENT = {"all_gather": lambda n: n - 1, "reduce_scatter": lambda n: (n - 1) / n, 
 """Times the input that a rank sends in a ring of so many."""
 NORM_BYTES = 8
 """Of the norm of one group's gradients."""
-CONTROL_BYTES = 4
-"""Of the word by which ranks tell each other that they have their batch."""
 
 
 class Collective(NamedTuple):
@@ -86,7 +85,7 @@ def collectives(spread: Spread, schedule: Schedule | None, share: Share, frames:
         size = schedule.team.size if crosses else schedule.team.num_slots
         if exchanges:
             found.append(Collective("M3", "all_to_all", size, 1, len(exchanges), packed, total))
-    found.append(_collective("control", "all_reduce", spread.world_size, 1, 1, CONTROL_BYTES))
+    found.append(_collective("control", "all_reduce", spread.world_size, 1, 1, WORD_BYTES))
     return [each for each in found if each.ranks > 1]
 
 

@@ -24,12 +24,13 @@ from hopescale.checkpoint.contents import RunState
 from hopescale.checkpoint.manager import CheckpointManager, step_folder
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
-from hopescale.parallel.agreement import Together
 from hopescale.parallel.engine import Engine
 from hopescale.parallel.process_group import choose_device, end_process, process_group, read_launch
 from hopescale.plan.job import job_of
 from hopescale.plan.spread import NUMBER_BYTES
 from hopescale.plan.traffic import Share, by_kind
+from hopescale.resilience.control_word import ControlWord
+from hopescale.resilience.preemption import StopRequests
 from hopescale.train import build
 from hopescale.train_step import train_step
 from tests.clip_batches import clips_for, step_of
@@ -144,7 +145,7 @@ def look(cell: str, device: torch.device, world_size: int, folder: Path) -> dict
     hooks = file_gradients(engine, ledger)
     with ledger.watching():
         # What the trainer adds to taking a batch.
-        with Together():
+        with ControlWord(StopRequests(None)).word(0):
             pass
         train_step(engine, batch, config, attempt=2, step=2)
     for hook in hooks:

@@ -1,8 +1,8 @@
-"""A process group of one, and a small model with an optimizer that has taken steps."""
+"""A small model with an optimizer that has taken steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,15 +10,6 @@ from torch import nn
 
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig
-from hopescale.parallel.process_group import Launch, process_group
-from hopescale.parallel.schema import ParallelConfig
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """A gloo group of this process alone."""
-    with process_group(ParallelConfig(), Launch(), torch.device("cpu")):
-        yield
 
 
 class Pair(nn.Module):

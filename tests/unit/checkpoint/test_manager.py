@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from torch import nn
 
 from hopescale.checkpoint.contents import RunState, optimizer_steps, tensors
 from hopescale.checkpoint.manager import CheckpointManager, committed, step_folder
-from hopescale.checkpoint.manifest import verify
-from hopescale.errors import CheckpointError, UserError
+from hopescale.checkpoint.manifest import verify, write_manifest
+from hopescale.errors import EXIT_SUPERSEDED, CheckpointError, UserError
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig
 
@@ -88,6 +91,7 @@ def test_the_newest_are_kept(tmp_path: Path, trained: Trained) -> None:
     manager = CheckpointManager(tmp_path, keep=2, config={})
     for step in (5, 10, 100):
         manager.save(*trained(0), RunState(step=step))
+    manager.close()
     assert names(tmp_path) == ["step-000000010", "step-000000100"]
     assert [p.name for p in committed(tmp_path)] == ["step-000000100", "step-000000010"]
 
@@ -129,9 +133,48 @@ def test_a_foreign_checkpoint_is_not_restored(tmp_path: Path, trained: Trained) 
 
 
 def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
-    for name in ("step-000000004.0123abcd.part", "step-000000002.trash"):
-        (tmp_path / name).mkdir()
+    for name in ("writing-000000/step-000000004.0123abcd", "step-000000002.trash"):
+        (tmp_path / name).mkdir(parents=True)
     kept = tmp_path / "step-000000003.damaged"
     kept.mkdir()
-    CheckpointManager(tmp_path, keep=2, config={})
-    assert list(tmp_path.iterdir()) == [kept]
+    CheckpointManager(tmp_path, keep=2, config={}, incarnation=1)
+    assert names(tmp_path) == [kept.name, "writing-000001"]
+
+
+def test_a_save_that_fails_leaves_room_for_the_next(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, config={}, incarnation=3)
+    with monkeypatch.context() as broken:
+        broken.setattr("hopescale.checkpoint.manager.write_manifest", _full)
+        with pytest.raises(UserError, match="No space left"):
+            manager.save(*trained(0), RunState(step=4))
+    assert not list(manager.staging.path.iterdir())
+    assert verify(manager.save(*trained(0), RunState(step=4)))["incarnation"] == 3
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "MANIFEST.json")
+
+
+@pytest.mark.parametrize("moment", ["before saving", "before committing"])
+def test_an_incarnation_that_was_superseded_commits_nothing(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    stale = CheckpointManager(tmp_path, keep=2, config={}, incarnation=0)
+    stale.save(*trained(0), RunState(step=1))
+    if moment == "before saving":
+        CheckpointManager(tmp_path, keep=2, config={}, incarnation=1)
+    else:
+
+        def write_and_be_superseded(*told: Any) -> None:
+            write_manifest(*told)
+            CheckpointManager(tmp_path, keep=2, config={}, incarnation=1)
+
+        monkeypatch.setattr("hopescale.checkpoint.manager.write_manifest", write_and_be_superseded)
+    with pytest.raises(UserError, match="a later incarnation of this run has begun") as refused:
+        stale.save(*trained(0), RunState(step=2))
+    assert refused.value.exit_code == EXIT_SUPERSEDED
+    assert [p.name for p in committed(tmp_path)] == ["step-000000001"]
+    with pytest.raises(UserError, match="a later incarnation"):
+        CheckpointManager(tmp_path, keep=2, config={}, incarnation=0)

@@ -51,8 +51,8 @@ def sent_with(
     """By the toy model, of which a clip takes two passes: teacher and jump; but for the word that every step sends."""
     found = collectives(Spread(over(small(*overrides), engine, **parallel), toy(), world_size), None, share, FRAMES)
     if world_size > 1:
-        sent = round(4 * 2 * (world_size - 1) / world_size)
-        assert found.pop() == Collective("control", "all_reduce", world_size, 1, 1, 4, sent)
+        sent = round(48 * 2 * (world_size - 1) / world_size)
+        assert found.pop() == Collective("control", "all_reduce", world_size, 1, 1, 48, sent)
     return found
 
 

@@ -1,0 +1,59 @@
+"""One rank of two gets a signal: both stop at the same step, and the run goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.shard import shard
+from tests.conftest import REPO_ROOT, Torchrun
+from tests.feature_folders import write_features
+from tests.interruptions import curve, final_state
+
+pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
+
+PROGRAM = REPO_ROOT / "tests" / "interruptions.py"
+SETTINGS = (
+    "model.encoder_dim=16",
+    "model.grid=[2,3]",
+    "model.frames=5",
+    "model.width=24",
+    "model.block_pattern=[S,H]",
+    "model.memory.heads=2",
+    "model.attention.heads=2",
+    "objective.jump_horizons=2",
+    "train.global_batch=4",
+    "train.steps=6",
+    "train.eval_every=2",
+    "metrics.every=1",
+    "metrics.listen=off",
+    "metrics.tensorboard=false",
+)
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random clips of 6 tokens and 16 channels, 5 or 4 frames long."""
+    root = tmp_path_factory.mktemp("small")
+    shard(write_features(root / "features"), root / "data", clips_per_shard=4)
+    return root / "data"
+
+
+def test_a_signal_to_one_rank_stops_all_in_the_same_evaluation(
+    torchrun: Torchrun, small_data: Path, tmp_path: Path
+) -> None:
+    def train(run: Path, moment: str) -> dict:
+        ended = torchrun(2, PROGRAM, moment, "1", *SETTINGS, f"data.path={small_data}", f"run.dir={run}")
+        assert (run / "status.json").is_file(), ended.stderr
+        return json.loads((run / "status.json").read_text())
+
+    assert train(tmp_path / "whole", "never")["state"] == "finished"
+    stopped = train(tmp_path / "run", "second evaluation")
+    assert stopped == {"state": "preempted", "code": 75, "step": 4, "incarnation": 0}
+    # Nothing was scored by one rank alone.
+    assert [step for step, _ in curve(tmp_path / "run")["skill"]] == [2]
+    assert train(tmp_path / "run", "never")["state"] == "finished"
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
