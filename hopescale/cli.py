@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,45 +11,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typer.core import TyperCommand
 
 from hopescale import __version__
-from hopescale.errors import ConfigError, Problem, UserError, describe
+from hopescale.cli_settings import Json, Overrides, Settings, WithSettings, finish
+from hopescale.errors import UserError, describe
+from hopescale.slurm_commands import runs_app, slurm_app
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train HOPE predictors on clips."
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets: pixels, features, shards.")
 app.add_typer(data_app, name="data")
-
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of this command.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optimizer.lr=1e-3.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-
-
-class WithSettings(TyperCommand):
-    """A command whose settings may be mistaken for options: the error then says how to write them."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse options that there are not.
-
-        Raises:
-            ConfigError: names all of them.
-        """
-        known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        rule = "is no option of this command, and settings are written without dashes"
-        problems = []
-        for text, following in zip(args, [*args[1:], ""], strict=True):
-            name, _, value = text.partition("=")
-            if text.startswith("--") and text != "--" and name not in {*known, "--help"}:
-                apart = value or ("" if following.startswith("-") or "=" in following else following)
-                fix = f"write {name[2:].replace('-', '_')}={apart or 'VALUE'}"
-                problems.append(Problem(name, apart or "nothing", rule, fix))
-        if problems:
-            raise ConfigError(problems)
-        return super().parse_args(ctx, args)
+app.add_typer(slurm_app, name="slurm")
+app.add_typer(runs_app, name="runs")
 
 
 @app.command()
@@ -58,7 +31,7 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
     """Simulate, encode, shard, train on two ranks, evaluate and report: the whole path, on this machine."""
     from hopescale.demo import run_demo
 
-    _finish(run_demo(overrides or [], progress), as_json)
+    finish(run_demo(overrides or [], progress), as_json)
 
 
 @app.command()
@@ -85,7 +58,7 @@ def evaluate(
     if not as_json:
         print_result(result)
         print(f"written to {run / 'result.json'}; `hopescale report {run}` draws it")
-    _finish(result, as_json)
+    finish(result, as_json)
 
 
 @app.command()
@@ -95,7 +68,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
 
     page = write_report(run)
     print(page)
-    _finish({"report": str(page)}, as_json)
+    finish({"report": str(page)}, as_json)
 
 
 @app.command("import-checkpoint")
@@ -120,7 +93,7 @@ def import_checkpoint(
         print(f"{result['checkpoint']}: {result['parameters']:,} parameters; {result['note']}")
         if result["unused"]:
             print(f"left out, for nothing ever used them: {', '.join(result['unused'])}")
-    _finish(result, as_json)
+    finish(result, as_json)
     end_process(0)
 
 
@@ -140,7 +113,7 @@ def plan(
     result, text = plan_command(overrides or [], sweep=sweep or plot is not None, plot=plot)
     if not as_json:
         print(text)
-    _finish(result, as_json)
+    finish(result, as_json)
 
 
 @app.command()
@@ -162,7 +135,7 @@ def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
             if finding.fix:
                 print(f"{'':<{width + 6}}  -> {finding.fix}")
     failed = sum(finding.state == "FAIL" for finding in findings)
-    _finish({"failed": failed, "findings": [asdict(finding) for finding in findings]}, as_json)
+    finish({"failed": failed, "findings": [asdict(finding) for finding in findings]}, as_json)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -264,7 +237,7 @@ def verify_data(
     result, code = verify_dataset(
         dataset, overrides or [], workers=workers, repair=repair, quarantine=quarantine, bar=progress
     )
-    _finish(result, as_json)
+    finish(result, as_json)
     raise typer.Exit(code)
 
 
@@ -278,7 +251,7 @@ def inspect_data(
     """Show what is in a data set. Settings: key=KEY shows one clip."""
     from hopescale.dataset_commands import inspect_dataset
 
-    _finish(inspect_dataset(dataset, overrides or [], png, quiet=as_json), as_json)
+    finish(inspect_dataset(dataset, overrides or [], png, quiet=as_json), as_json)
 
 
 @data_app.command("index", cls=WithSettings)
@@ -342,12 +315,7 @@ def _plain_progress(label: str) -> Callable[[int, int], None]:
 def _finish_data(result: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         print(f"{result['out']}: {result['clips']} clips")
-    _finish(result, as_json)
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
+    finish(result, as_json)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from hopescale.parallel.mesh import degrees_of
 from hopescale.parallel.process_group import Launch
 from hopescale.plan.optimizer import check_plan
 from hopescale.plan.spread import Spread, model_of
+from hopescale.run_folder import RunFolder
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def _check_run_folder(config: Config) -> None:
     if not first.is_dir():
         field = "run.dir" if config.run.dir is not None else "run.root"
         raise ConfigError(Problem(field, folder, f"{first} is not a folder", f"set {field} to another path"))
-    if config.run.dir is not None and first == folder and any(folder.iterdir()) and not (folder / "lock").exists():
+    if config.run.dir is not None and first == folder and RunFolder(folder).is_foreign:
         rule = "holds files, and they are not those of a run"
         raise ConfigError(Problem("run.dir", folder, rule, "name a new folder, an empty one, or one of an earlier run"))
 

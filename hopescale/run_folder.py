@@ -25,6 +25,8 @@ from hopescale.slurm.environment import SlurmJob
 
 logger = logging.getLogger(__name__)
 
+BEFORE_THE_FIRST = {"logs", "save", "slurm", "status.json", "stop"}
+"""What a job script and its user may leave in a folder before its run first starts."""
 SECONDS_TO_APPEAR = 30.0
 """Longer than NFS keeps what it knows of a folder by itself (acdirmin)."""
 
@@ -45,6 +47,11 @@ class RunFolder:
         self.logs = path / "logs"
         self.report = path / "report"
         self.goodput = path / "goodput.jsonl"
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the folder holds what no run, and nothing that starts or stops one, has put there."""
+        return not (self.path / "lock").exists() and bool({p.name for p in self.path.iterdir()} - BEFORE_THE_FIRST)
 
     def create(self) -> int:
         """Make the subfolders, and count this incarnation (from 0)."""
@@ -118,8 +125,13 @@ class RunFolder:
         return json.loads(self.status.read_text()) if self.status.is_file() else {}
 
     def refuse(self, code: int) -> None:
-        """Say that an attempt to go on was a mistake of the user; a folder that is new, or in use, stays as it is."""
+        """Say that an attempt to start or go on was a mistake of the user.
+
+        A folder that is in use stays as it is, and so does a new one, unless a job script has made it and will ask.
+        """
         status = self.read_status()
+        if not status and (self.path / "slurm").is_dir():
+            status = {"state": "failed", "code": code, "step": 0, "incarnation": -1}
         if status and status["state"] != "running":
             write_json(self.status, {**status, "state": "failed", "code": code})
 

@@ -92,7 +92,7 @@ class Trainer:
                 self.save()
         self.log()
         self.save(last=True)
-        return "finished" if self.finished else "preempted"
+        return "finished" if self.finished and not self.state.unscored else "preempted"
 
     def batches(self) -> Iterator[StepBatches]:
         """One for each step, until this job has nothing more to do or is told to stop."""

@@ -30,8 +30,10 @@ def _has_modules(*names: str) -> Callable[[], bool]:
     return lambda: all(importlib.util.find_spec(name) is not None for name in names)
 
 
-def _has_programs(*names: str) -> Callable[[], bool]:
-    return lambda: all(shutil.which(name) is not None for name in names)
+def _has_programs_and_root(*names: str) -> Callable[[], bool]:
+    # Daemons live where not everybody's PATH leads.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    return lambda: os.geteuid() == 0 and all(shutil.which(name, path=path) is not None for name in names)
 
 
 def _has_namespaces() -> bool:
@@ -55,7 +57,9 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),
-    "slurm": _has_programs("sbatch", "srun", "slurmctld"),
+    "slurm": _has_programs_and_root(
+        "sbatch", "srun", "slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter", "setpriv"
+    ),
     "tensorboard": _has_modules("tensorboard"),
     "webdataset": _has_modules("webdataset"),
     "zarr": _has_modules("zarr"),

@@ -40,9 +40,26 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
         rule = "steps on the host, where no GPU orthogonalises M3's matrices"
         yield Problem("parallel.offload_optimizer", True, rule, "set optimizer=adamw, or leave it out")
     yield from _longterm_problems(config)
+    yield from _container_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
         rule = "is ignored with metrics.listen=off"
         yield Problem("metrics.token_file", config.metrics.token_file, rule, "leave it out, or set metrics.listen=node")
+    if config.metrics.discovery is not None and config.metrics.listen == "off":
+        rule = "has nothing to name with metrics.listen=off"
+        yield Problem("metrics.discovery", config.metrics.discovery, rule, "leave it out, or set metrics.listen=node")
+    if config.metrics.textfile is not None and config.metrics.listen != "off":
+        rule = f"would have every number read twice with metrics.listen={config.metrics.listen}"
+        yield Problem("metrics.textfile", config.metrics.textfile, rule, "leave it out, or set metrics.listen=off")
+
+
+def _container_problems(config: Config) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.container is None:
+        rule, fix = "is ignored without cluster.container", "leave it out, or name an image"
+        if cluster.container_runtime is not None:
+            yield Problem("cluster.container_runtime", cluster.container_runtime, rule, fix)
+        if cluster.mounts:
+            yield Problem("cluster.mounts", ",".join(cluster.mounts), rule, fix)
 
 
 def _jump_problems(config: Config) -> Iterator[Problem]:

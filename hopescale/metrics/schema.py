@@ -26,5 +26,11 @@ class MetricsConfig(BaseModel):
     token_file: str | None = None
     """File whose content scrapers must send as bearer token; without it only loopback is served."""
 
+    discovery: str | None = None
+    """Folder that Prometheus reads targets from (file_sd): each node has an entry there while the run lives."""
+
+    textfile: str | None = None
+    """Folder of node_exporter's textfile collector, for nodes where nothing may listen (metrics.listen=off)."""
+
     tensorboard: bool = True
     """Also write TensorBoard event files into the run folder."""

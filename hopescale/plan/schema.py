@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import Field, PositiveInt
 
 from hopescale.errors import Problem
+from hopescale.slurm.schema import NAME, SlurmFields
 
 
-class ClusterConfig(BaseModel):
-    """The machines of a run: planned for by `hopescale plan`, and checked by a run that is started."""
+class ClusterConfig(SlurmFields):
+    """The machines of a run: planned for by `hopescale plan`, asked for by `hopescale slurm`, checked at the start."""
 
-    model_config = ConfigDict(
-        allow_inf_nan=False, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
-
+    name: Annotated[str, Field(pattern=NAME)] = "local"
+    """Name of the cluster, by which metrics of several are told apart."""
     nodes: PositiveInt | None = None
     """Machines; null leaves it to the launcher, and plans for one. A run started on another number is refused."""
     gpus_per_node: PositiveInt | None = None

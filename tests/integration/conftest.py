@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.shard import shard
 from tests.feature_folders import write_features
+from tests.slurm_nodes import SlurmNodes
 from tests.user_process import run_as_user
 
 
@@ -51,3 +52,17 @@ def small_run(small_data: Path, tmp_path: Path) -> list[str]:
         "metrics.every=1",
         "metrics.port=0",
     ]
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmNodes]:
+    """Three nodes with 4 CPUs each, for all tests; `slurm` gives them in order to one test."""
+    with SlurmNodes(tmp_path_factory.mktemp("slurm"), nodes=3) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmNodes) -> Iterator[SlurmNodes]:
+    """A Slurm cluster with three idle nodes. What a test leaves of jobs and faults is undone after it."""
+    yield slurm_cluster
+    slurm_cluster.restore()

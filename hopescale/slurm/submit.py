@@ -1,0 +1,125 @@
+"""Submitting a run, and what can be asked of its job afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.cache import write_bytes, write_json
+from hopescale.config.schema import Config
+from hopescale.errors import ConfigError, Problem
+from hopescale.parallel.process_group import Launch
+from hopescale.preflight import preflight
+from hopescale.run_folder import make_run_folder
+
+from .programs import job_state, slurm
+from .render import render, settings_file
+
+OVER = tuple(
+    ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED"]
+)
+
+
+def submit(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
+    """Make the run folder, write the job into it, and hand it to Slurm.
+
+    Args:
+        config: of the run.
+        overrides: the settings it was made from, which the job is started with.
+
+    Returns:
+        Job and run folder.
+
+    Raises:
+        UserError: something that training would refuse; an earlier job of the run is not over; Slurm refuses.
+    """
+    check(config)
+    settings = settings_file([text for text in overrides if not text.startswith("run.dir=")])
+    run = make_run_folder(config).absolute()
+    _refuse_second_job(run)
+    script = render(config, run)
+    folder = run / "slurm"
+    for made in (folder, run / "logs"):
+        made.mkdir(exist_ok=True)
+    for earlier in ("cancelled", "crashes"):
+        (folder / earlier).unlink(missing_ok=True)
+    write_bytes(folder / "settings", settings.encode())
+    write_bytes(folder / "job.sbatch", script.encode())
+    job = slurm("sbatch", "--parsable", str(folder / "job.sbatch")).strip().partition(";")[0]
+    write_json(folder / "job.json", {"job": job})
+    return {"job": job, "run": str(run), "script": str(folder / "job.sbatch")}
+
+
+def check(config: Config) -> None:
+    """Refuse on the login node what the job would be refused for, hours later.
+
+    Raises:
+        UserError: all problems; what only the nodes can tell is left to them, and in a container everything but the
+            configuration.
+    """
+    if config.cluster.container is not None:
+        return
+    nodes, ranks = config.cluster.nodes or 1, config.cluster.gpus_per_node or 1
+    quiet = config.model_copy(update={"metrics": config.metrics.model_copy(update={"listen": "off"})})
+    for reader in preflight(quiet, replace(Launch(), world_size=nodes * ranks, local_world_size=ranks)):
+        reader.close()
+
+
+def requeue(run: Path) -> dict[str, Any]:
+    """Put a run's job back into the queue.
+
+    Raises:
+        UserError: the run has no job, or Slurm refuses.
+    """
+    job = job_of(run)
+    (run / "slurm" / "cancelled").unlink(missing_ok=True)
+    slurm("scontrol", "requeue", job)
+    return {"job": job, "run": str(run)}
+
+
+def cancel(run: Path, *, now: bool) -> dict[str, Any]:
+    """End a run's job for good.
+
+    Args:
+        run: its folder.
+        now: kill it, losing what came after its last checkpoint; else a job that runs saves first.
+
+    Raises:
+        UserError: the run has no job, or Slurm refuses.
+    """
+    job = job_of(run)
+    (run / "slurm" / "cancelled").touch()
+    saves = not now and (job_state(job) or "").startswith("RUNNING")
+    if saves:
+        (run / "stop").touch()
+    else:
+        slurm("scancel", job)
+    return {"job": job, "run": str(run), "saves": saves}
+
+
+def job_of(run: Path) -> str:
+    """The job that was last submitted for a run.
+
+    Raises:
+        ConfigError: none was.
+    """
+    path = run / "slurm" / "job.json"
+    if not path.is_file():
+        rule = "was not submitted by `hopescale slurm submit`"
+        raise ConfigError(Problem("run", run, rule, "name the folder of a run that was"))
+    return str(json.loads(path.read_text())["job"])
+
+
+def _refuse_second_job(run: Path) -> None:
+    if not (run / "slurm" / "job.json").is_file():
+        return
+    job = job_of(run)
+    state = job_state(job)
+    if state is not None and not state.startswith(OVER):
+        rule = f"its job {job} is not over ({state})"
+        fix = f"wait for it, or end it: hopescale slurm cancel {os.path.relpath(run)}"
+        raise ConfigError(Problem("run.dir", run, rule, fix))

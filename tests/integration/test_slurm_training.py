@@ -1,0 +1,198 @@
+"""Runs as jobs of a real Slurm: they train over nodes, and go on after all that can happen to a job."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hopescale.checkpoint.manager import committed
+from hopescale.checkpoint.manifest import read_manifest
+from hopescale.resilience.goodput import read_history
+from tests.feature_folders import write_features
+from tests.interruptions import curve, final_state
+from tests.slurm_nodes import SlurmNodes
+from tests.user_process import REPO_ROOT
+
+pytestmark = [pytest.mark.integration, pytest.mark.requires("slurm")]
+
+STEPS = 20
+"""Each of a quarter of a second where nobody else computes: time enough to strike at one of them."""
+START = 240
+"""Seconds that a start may take: torch is imported twice a node, on a machine that others use."""
+
+
+@pytest.fixture
+def settings(small_run: list[str]) -> list[str]:
+    cluster = ("nodes=2", "gpus_per_node=1", "options=['--exclusive']")
+    return [
+        *(text for text in small_run if not text.startswith(("run.dir=", "train.", "model.width="))),
+        f"train.steps={STEPS}",
+        "checkpoint.every=4",
+        "model.width=192",
+        "train.global_batch=16",
+        "checkpoint.keep=100",
+        "parallel.device=cpu",
+        "metrics.listen=off",
+        "metrics.tensorboard=false",
+        *(f"cluster.{text}" for text in cluster),
+    ]
+
+
+@pytest.fixture
+def submit(slurm: SlurmNodes, settings: list[str]) -> Callable[..., str]:
+    """Submit a run as its user does; the job's number."""
+
+    def run(folder: Path, *more: str) -> str:
+        command = [sys.executable, "-m", "hopescale.cli", "slurm", "submit", *settings, *more, f"run.dir={folder}"]
+        ended = slurm.run(*command, "--json", timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout.splitlines()[-1])["job"]
+
+    return run
+
+
+def said(run: Path) -> str:
+    """All output of a run's jobs, for messages."""
+    return "\n".join(path.read_text() for path in sorted((run / "logs").glob("slurm-*.out")))
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline:
+        path = run / "metrics.jsonl"
+        if path.is_file() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not reached\n{said(run)}")
+
+
+def finished(run: Path) -> dict:
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", STEPS), said(run)
+    return status
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Path]:
+    """The run that nothing happened to, once it is there."""
+    return {}
+
+
+def uninterrupted(whole: dict[str, Path], slurm: SlurmNodes, submit: Callable[..., str], folder: Path) -> Path:
+    if "run" not in whole:
+        slurm.wait(submit(folder), "COMPLETED", timeout=START)
+        finished(folder)
+        whole["run"] = folder
+    return whole["run"]
+
+
+def test_a_run_trains_on_two_nodes(slurm, submit, whole, tmp_path: Path) -> None:
+    run = uninterrupted(whole, slurm, submit, tmp_path / "whole")
+    assert (run / "logs" / "rank-1.log").is_file()
+    assert read_manifest(committed(run / "checkpoints")[0])["world_size"] == 2
+    assert "2 nodes, 1 ranks each, meeting at 10.77.0.11:" in said(run)
+    told = slurm.run(sys.executable, "-m", "hopescale.cli", "slurm", "status", str(run), "--json", timeout=60)
+    shown = json.loads(told.stdout.splitlines()[-1])
+    assert (shown["state"], shown["step"], shown["steps"], shown["restarts"]) == ("finished", STEPS, STEPS, 0)
+
+
+def test_a_run_whose_time_is_over_saves_and_goes_on_to_the_same_bits(slurm, submit, whole, tmp_path: Path) -> None:
+    expected = uninterrupted(whole, slurm, submit, tmp_path / "whole")
+    run = tmp_path / "run"
+    job = submit(run)
+    wait_for_step(run, 3)
+    slurm.signal(job, "USR1")
+    assert slurm.wait(job, "COMPLETED", timeout=START)["Restarts"] == "1"
+    assert finished(run)["incarnation"] == 1
+    assert "preempted (code 75)" in said(run)
+    assert curve(run) == curve(expected)
+    assert final_state(run) == final_state(expected)
+    history = read_history(run / "goodput.jsonl")
+    assert (history.restarts, history.preemptions) == (1, 1)
+
+
+def test_a_run_goes_on_without_a_node_that_has_crashed(slurm, submit, whole, tmp_path: Path) -> None:
+    expected = uninterrupted(whole, slurm, submit, tmp_path / "whole")
+    run = tmp_path / "run"
+    job = submit(run, "parallel.timeout_seconds=60")
+    wait_for_step(run, 6)
+    slurm.crash(2)
+    fields = slurm.wait(job, "COMPLETED", timeout=2 * START)
+    assert (fields["Restarts"], fields["NodeList"]) == ("1", "n[1,3]")
+    finished(run)
+    assert curve(run) == curve(expected)
+    assert final_state(run) == final_state(expected)
+
+
+def test_ranks_that_were_cut_off_commit_nothing_once_the_run_goes_on_elsewhere(slurm, submit, whole, tmp_path) -> None:
+    expected = uninterrupted(whole, slurm, submit, tmp_path / "whole")
+    run = tmp_path / "run"
+    job = submit(run, "parallel.timeout_seconds=60")
+    wait_for_step(run, 6)
+    # Rank 0 lives on: it still reaches the file system, which is this machine's.
+    slurm.cut(1)
+    assert slurm.wait(job, "COMPLETED", timeout=2 * START)["NodeList"] == "n[2-3]"
+    assert finished(run)["incarnation"] == 1
+    assert curve(run) == curve(expected)
+    assert final_state(run) == final_state(expected)
+
+
+def test_a_cancelled_run_leaves_nothing_running_and_can_be_submitted_again(slurm, submit, whole, tmp_path) -> None:
+    expected = uninterrupted(whole, slurm, submit, tmp_path / "whole")
+    run = tmp_path / "run"
+    job = submit(run)
+    wait_for_step(run, 3)
+    cancelled = slurm.run(sys.executable, "-m", "hopescale.cli", "slurm", "cancel", str(run), timeout=60)
+    assert "saves and ends" in cancelled.stdout, cancelled.stderr
+    slurm.wait(job, lambda fields: fields["JobState"] == "FAILED", timeout=START)
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    slurm.wait(submit(run), "COMPLETED", timeout=START)
+    finished(run)
+    assert curve(run) == curve(expected)
+
+
+def test_scancel_ends_every_process_of_a_run(slurm, submit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(run)
+    wait_for_step(run, 3)
+    slurm.cancel(job)
+    slurm.wait(job, "CANCELLED", timeout=60)
+    left = slurm.run("pgrep", "-f", f"run.dir={run}")
+    assert left.stdout == ""
+    told = slurm.run(sys.executable, "-m", "hopescale.cli", "runs", "ls", str(tmp_path), "--json", timeout=60)
+    (shown,) = json.loads(told.stdout.splitlines()[-1])["runs"]
+    assert shown["state"] in ("crashed", "preempted")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("cluster.partition=nowhere", "invalid partition specified: nowhere"),
+        ("cluster.nodes=9", "Node count specification invalid"),
+        ("cluster.time=9-00:00:00", "Requested time limit is invalid"),
+    ],
+)
+def test_what_slurm_refuses_is_told_in_its_words(slurm, settings, tmp_path: Path, asked: str, expected: str) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "hopescale.cli", "slurm", "submit", *settings, f"run.dir={folder}", asked]
+    refused = slurm.run(*command, timeout=120)
+    assert refused.returncode == 2
+    assert expected in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_array_packs_a_data_set_in_parts(slurm: SlurmNodes, tmp_path: Path) -> None:
+    source, out = write_features(tmp_path / "features"), tmp_path / "data"
+    env = {"HOPESCALE_PYTHON": sys.executable}
+    script = REPO_ROOT / "launch" / "slurm" / "shard.sbatch"
+    array = slurm.submit("--array=0-2", script, source, out, "clips_per_shard=4", env=env)
+    command = f"{sys.executable} -m hopescale.cli data merge {out}"
+    merge = slurm.submit(f"--dependency=afterok:{array}", f"--wrap={command}")
+    slurm.wait(merge, "COMPLETED", timeout=START)
+    checked = slurm.run(sys.executable, "-m", "hopescale.cli", "data", "verify", str(out), "level=full", timeout=60)
+    assert checked.returncode == 0, checked.stdout
