@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,18 @@ from hopescale.diagnostics import labels
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.sinks.base import Sink
 from hopescale.metrics.sinks.console import ConsoleSink
+from hopescale.metrics.sinks.discovery import DiscoveryEntry
+from hopescale.metrics.sinks.discovery import labels as target_labels
 from hopescale.metrics.sinks.jsonl import JsonlSink
-from hopescale.metrics.sinks.prometheus import PrometheusEndpoint, RankFile, endpoint_path, rank_folder
+from hopescale.metrics.sinks.prometheus import (
+    PrometheusEndpoint,
+    RankFile,
+    TextfileSidecar,
+    endpoint_path,
+    rank_folder,
+)
 from hopescale.metrics.sinks.tensorboard import TensorboardSink
+from hopescale.slurm.environment import read_job
 
 if TYPE_CHECKING:
     from hopescale.config.schema import Config
@@ -49,15 +59,11 @@ def open_recorder(
         OSError: the run folder cannot be written.
     """
     run, rank_file = attempt.run, None
-    if config.metrics.listen != "off":
-        node_rank = launch.rank // launch.local_world_size
+    if config.metrics.listen != "off" or config.metrics.textfile is not None:
         folder = rank_folder(run.path, socket.gethostname(), attempt.incarnation)
         folder.mkdir(parents=True, exist_ok=True)
         if launch.local_rank == 0:
-            log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
-            announced = endpoint_path(run.path, node_rank)
-            endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
-            stack.enter_context(endpoint or nullcontext())
+            _serve_node(config, attempt, launch, folder, stack)
         rank_file = RankFile(folder, launch.rank)
     recorder = Recorder(
         _sinks(config, run, start_step) if launch.is_first else [],
@@ -70,6 +76,24 @@ def open_recorder(
     )
     stack.enter_context(closing(recorder))
     return recorder
+
+
+def _serve_node(config: Config, attempt: Attempt, launch: Launch, folder: Path, stack: ExitStack) -> None:
+    """Show this node's numbers to Prometheus: by an endpoint, named to its service discovery, or by a text file."""
+    run, node_rank, job = attempt.run, launch.rank // launch.local_world_size, read_job()
+    named = target_labels(config.cluster.name, run.path, socket.gethostname(), None if job is None else job.id)
+    log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
+    if config.metrics.textfile is not None:
+        textfile = Path(config.metrics.textfile)
+        stack.enter_context(TextfileSidecar(folder, textfile, named, node_rank, log_file=log_file))
+        return
+    announced = endpoint_path(run.path, node_rank)
+    endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
+    assert endpoint is not None
+    stack.enter_context(endpoint)
+    if config.metrics.discovery is not None:
+        entry = DiscoveryEntry(Path(config.metrics.discovery), endpoint.target, named, node_rank)
+        stack.enter_context(closing(entry))
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

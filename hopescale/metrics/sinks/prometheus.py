@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from data_pipeline.errors import MissingExtra, Problem, UserError
 from data_pipeline.stats import SharderStats
 from hopescale.metrics.catalog import by_key
 from hopescale.metrics.data_metrics import SHARDER_STATS
+from hopescale.metrics.sinks.discovery import UNSAFE
 from hopescale.metrics.sinks.prometheus_sidecar import require_client
 from hopescale.metrics.sinks.rank_file import RankFile, read_rank_file
 
@@ -35,6 +37,7 @@ __all__ = [
     "PortInUse",
     "PrometheusEndpoint",
     "RankFile",
+    "TextfileSidecar",
     "check_endpoint",
     "check_port",
     "endpoint_path",
@@ -173,6 +176,7 @@ class PrometheusEndpoint:
     Attributes:
         host: address it listens on.
         port: port it listens on, also when the setting was 0.
+        target: both, as service discovery names them.
         url: of the metrics page.
         pid: process id of the sidecar.
     """
@@ -182,7 +186,8 @@ class PrometheusEndpoint:
         self._endpoint_file = endpoint_file
         self.host = host
         self.port = port
-        self.url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+        self.target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.url = f"http://{self.target}/metrics"
         self.pid = process.pid
 
     @classmethod
@@ -257,6 +262,53 @@ class PrometheusEndpoint:
         self.close()
 
 
+class TextfileSidecar:
+    """The process of a node where nothing may listen: it keeps a file that node_exporter reads; a context manager.
+
+    Args:
+        folder: the node's folder of rank files.
+        textfile: folder of node_exporter's textfile collector, on this node.
+        named: labels that tell this run and node from others.
+        node_rank: number of the node in its run.
+        log_file: receives the process' error output.
+
+    Raises:
+        UserError: the folder cannot be written.
+        RuntimeError: the process did not start.
+    """
+
+    def __init__(
+        self, folder: Path, textfile: Path, named: Mapping[str, str], node_rank: int, *, log_file: Path
+    ) -> None:
+        require_client()
+        _remove_earlier(folder)
+        # One run has one file on a node, also after it was started again.
+        self.path = textfile.absolute() / f"hopescale-{UNSAFE.sub('_', named['run'])}-{node_rank}.prom"
+        command = [sys.executable, "-m", _SIDECAR, str(folder.absolute()), "--textfile", str(self.path)]
+        for name, value in named.items():
+            command += ["--label", f"{name}={value}"]
+        self._process = _spawn(command, log_file)
+        try:
+            report = _first_line(self._process, 30.0, log_file)
+            if "error" in report:
+                fix = (
+                    "name the folder that node_exporter's --collector.textfile.directory is, and let this user write it"
+                )
+                raise UserError(Problem("metrics.textfile", textfile, f"cannot be written ({report['error']})", fix))
+        except BaseException:
+            _stop(self._process)
+            raise
+        logger.info("metrics: %s", self.path)
+
+    def __enter__(self) -> TextfileSidecar:
+        """Returns the process' owner itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Ends the process, which takes its file away."""
+        _stop(self._process)
+
+
 def _listen_host(config: MetricsConfig, host: str | None) -> str:
     return "127.0.0.1" if config.listen == "loopback" else host or node_address()
 
@@ -297,6 +349,11 @@ def _launch(folder: Path, host: str, config: MetricsConfig, log_file: Path) -> s
     if config.token_file is not None:
         # The path, not the token: command lines are public on a shared machine.
         command += ["--token-file", str(Path(config.token_file).absolute())]
+    return _spawn(command, log_file)
+
+
+def _spawn(command: list[str], log_file: Path) -> subprocess.Popen[bytes]:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         return subprocess.Popen(
             command,

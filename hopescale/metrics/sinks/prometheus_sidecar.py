@@ -19,11 +19,14 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.cache import write_bytes
 from hopescale.metrics.catalog import CATALOG
 from hopescale.metrics.metric import Metric
 from hopescale.metrics.sinks.rank_file import read_rank_file
@@ -35,6 +38,7 @@ MAX_CONNECTIONS = 8
 SOCKET_TIMEOUT_SECONDS = 5.0
 CONNECTION_SECONDS = 10.0
 PARENT_CHECK_SECONDS = 1.0
+TEXTFILE_SECONDS = 5.0
 
 Series = dict[tuple[str, ...], float]
 """Label values, in the order of the metric's labels -> number."""
@@ -70,8 +74,13 @@ def read_series(folder: Path) -> list[tuple[Metric, Series]]:
     return [(metric, found[metric.key]) for metric in CATALOG if found[metric.key]]
 
 
-def build_registry(folder: Path) -> CollectorRegistry:
-    """A prometheus_client registry that reads the rank files whenever it is scraped."""
+def build_registry(folder: Path, named: Mapping[str, str] = MappingProxyType({})) -> CollectorRegistry:
+    """A prometheus_client registry that reads the rank files whenever it is scraped.
+
+    Args:
+        folder: the node's folder of rank files.
+        named: labels that every series gets, where no service discovery adds them.
+    """
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -79,9 +88,9 @@ def build_registry(folder: Path) -> CollectorRegistry:
         def collect(self) -> Iterable[Any]:
             for metric, series in read_series(folder):
                 family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-                exported = family(metric.name, metric.help, labels=metric.labels)
+                exported = family(metric.name, metric.help, labels=[*named, *metric.labels])
                 for label_values, value in series.items():
-                    exported.add_metric(label_values, value)
+                    exported.add_metric([*named.values(), *label_values], value)
                 yield exported
 
         def describe(self) -> Iterable[Any]:
@@ -193,12 +202,38 @@ def _ignore_job_signals() -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _wait_for_parent(parent: int) -> None:
-    """Returns when standard input closes, or when the parent is gone but a fork of it still holds the pipe."""
+def _wait_for_parent(parent: int, seconds: float = PARENT_CHECK_SECONDS) -> bool:
+    """Whether the time passes before standard input closes, or the parent is gone but a fork of it holds the pipe."""
+    until = time.monotonic() + seconds
     while os.getppid() == parent:
-        ready, _, _ = select.select([0], [], [], PARENT_CHECK_SECONDS)
+        left = until - time.monotonic()
+        ready, _, _ = select.select([0], [], [], max(0.0, min(left, PARENT_CHECK_SECONDS)))
         if ready and not os.read(0, 4096):
-            return
+            return False
+        if left <= 0:
+            return True
+    return False
+
+
+def _keep_textfile(path: Path, registry: CollectorRegistry, parent: int) -> int:
+    """Writes the file anew every few seconds while the parent lives, and takes it away at the end."""
+    from prometheus_client.exposition import generate_latest
+
+    try:
+        write_bytes(path, generate_latest(registry))
+        _report(textfile=str(path))
+        while _wait_for_parent(parent, TEXTFILE_SECONDS):
+            try:
+                write_bytes(path, generate_latest(registry))
+            except OSError as error:
+                # The collector reports the age of the file, and there may be room again.
+                print(f"{path}: {error}", file=sys.stderr, flush=True)
+    except OSError as error:
+        _report(error=str(error), errno=error.errno)
+        return 2
+    finally:
+        path.unlink(missing_ok=True)
+    return 0
 
 
 def _report(**fields: object) -> None:
@@ -213,12 +248,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="prometheus_sidecar", description="Serves one node's metrics.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--textfile", type=Path, help="Keep this file instead of listening.")
+    parser.add_argument("--label", action="append", default=[], help="NAME=VALUE for every series of the file.")
     parser.add_argument("--token-file", type=Path)
     options = parser.parse_args(arguments)
     parent = os.getppid()
     _ignore_job_signals()
+    if options.textfile is not None:
+        named = dict(text.split("=", 1) for text in options.label)
+        return _keep_textfile(options.textfile, build_registry(options.folder, named), parent)
     try:
         token = options.token_file.read_bytes().strip() if options.token_file is not None else None
         server = _Server((options.host, options.port), build_registry(options.folder), token)
@@ -228,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, name="scrapes", daemon=True).start()
     _report(host=host, port=port)
-    _wait_for_parent(parent)
+    while _wait_for_parent(parent, 60.0):
+        pass
     server.server_close()
     return 0
 

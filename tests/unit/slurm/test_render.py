@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import string
 import subprocess

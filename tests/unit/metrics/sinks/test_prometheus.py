@@ -24,6 +24,7 @@ from hopescale.metrics.sinks.prometheus import (
     PortInUse,
     PrometheusEndpoint,
     RankFile,
+    TextfileSidecar,
     check_endpoint,
     check_port,
     endpoint_path,
@@ -313,6 +314,40 @@ def test_a_restarted_job_shows_no_ranks_of_its_earlier_incarnation(tmp_path: Pat
     with endpoint:
         assert scrape(endpoint.url) == {(by_key("step").name,): 1.0}
     assert [folder.exists() for folder in folders] == [False, True, True]
+
+
+def test_a_node_where_nothing_listens_keeps_a_file_for_as_long_as_its_run_lives(tmp_path: Path, monkeypatch):
+    folder, textfiles = tmp_path / "live" / "n1" / "000000", tmp_path / "textfiles"
+    textfiles.mkdir()
+    file = RankFile(folder, 7)
+    file.write([("step", {}, 1.0), ("step_seconds", {"rank": "7"}, 0.25)], time=1.0)
+    named = {"cluster": "east", "run": "a", "node": "n1"}
+    with TextfileSidecar(folder, textfiles, named, 0, log_file=tmp_path / "log") as kept:
+        assert [path.name for path in textfiles.iterdir()] == ["hopescale-a-0.prom"]
+        assert text_samples(kept.path) == {
+            ("hopescale_step", "east", "n1", "a"): 1.0,
+            ("hopescale_step_seconds", "east", "n1", "7", "a"): 0.25,
+        }
+        file.write([("step", {}, 2.0)], time=2.0)
+        deadline = time.monotonic() + 60
+        while text_samples(kept.path)["hopescale_step", "east", "n1", "a"] != 2.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not list(textfiles.iterdir())
+
+
+def text_samples(path: Path) -> dict[tuple[str, ...], float]:
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in parser.text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+    }
+
+
+def test_a_folder_of_text_files_that_cannot_be_written_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nowhere: cannot be written") as refused:
+        TextfileSidecar(tmp_path / "live", tmp_path / "nowhere", {"run": "a"}, 0, log_file=tmp_path / "log")
+    assert "--collector.textfile.directory" in refused.value.problems[0].fix
 
 
 def test_the_sharders_text_file_is_one_that_prometheus_reads(tmp_path: Path):
