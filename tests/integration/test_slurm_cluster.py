@@ -344,7 +344,7 @@ def test_the_installer_does_nothing_where_all_is_there_and_else_says_what_to_ins
     installer = SCRIPT.with_name("install_slurm.sh")
     assert run_as_user(["bash", str(installer)], tmp_path).stderr == ""
     # Where neither Slurm nor apt-get can be found.
-    for program in ("id", "sort"):
+    for program in ("basename", "dirname", "id", "sort"):
         (tmp_path / program).symlink_to(shutil.which(program) or program)
     ended = run_as_user(["env", f"PATH={tmp_path}", shutil.which("bash") or "bash", str(installer)], tmp_path)
     assert ended.returncode == 2
