@@ -51,8 +51,9 @@ in_own_mounts() {
     [ -d "$folder" ] || { mkdir -p "$folder" && echo "$folder" >>"$DIR/made"; }
   done
   # shellcheck disable=SC2016 # expanded inside
+  mkdir -p "$DIR/tmp"
   CONTAINERS_STORAGE_CONF=$DIR/storage.conf CONTAINERS_CONF=$DIR/containers.conf \
-    CONTAINERS_REGISTRIES_CONF=$DIR/registries.conf \
+    CONTAINERS_REGISTRIES_CONF=$DIR/registries.conf TMPDIR=$DIR/tmp \
     unshare --mount bash -c '
       set -euo pipefail
       dir=$1 folders=$2
