@@ -119,10 +119,13 @@ down() {
   [ -f "$DIR/containers.conf" ] || die "$DIR: is no folder that \`image.sh up\` made."
   in_own_mounts podman rm --force --all --time 0 >/dev/null
   local folder
-  while read -r folder; do rmdir --ignore-fail-on-non-empty "$folder"; done <"$DIR/made"
+  while read -r folder; do
+    [ ! -d "$folder" ] || rmdir --ignore-fail-on-non-empty "$folder"
+  done <"$DIR/made"
   # One folder for each controller, where control groups are of version 1.
-  find /sys/fs/cgroup -mindepth 1 -maxdepth 2 -type d -name "$CGROUP" -prune \
-    -exec find {} -depth -type d -exec rmdir {} + \;
+  find /sys/fs/cgroup -mindepth 1 -maxdepth 2 -type d -name "$CGROUP" | while read -r folder; do
+    find "$folder" -depth -type d -exec rmdir {} ';'
+  done
   rm -rf "$DIR"
 }
 
