@@ -50,8 +50,8 @@ in_own_mounts() {
     mkdir -p "$DIR/machine$folder"
     [ -d "$folder" ] || { mkdir -p "$folder" && echo "$folder" >>"$DIR/made"; }
   done
-  # shellcheck disable=SC2016 # expanded inside
   mkdir -p "$DIR/tmp"
+  # shellcheck disable=SC2016 # expanded inside
   CONTAINERS_STORAGE_CONF=$DIR/storage.conf CONTAINERS_CONF=$DIR/containers.conf \
     CONTAINERS_REGISTRIES_CONF=$DIR/registries.conf TMPDIR=$DIR/tmp \
     unshare --mount bash -c '
