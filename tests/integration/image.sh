@@ -50,9 +50,10 @@ in_own_mounts() {
     mkdir -p "$DIR/machine$folder"
     [ -d "$folder" ] || { mkdir -p "$folder" && echo "$folder" >>"$DIR/made"; }
   done
+  mkdir -p "$DIR/tmp"
   # shellcheck disable=SC2016 # expanded inside
   CONTAINERS_STORAGE_CONF=$DIR/storage.conf CONTAINERS_CONF=$DIR/containers.conf \
-    CONTAINERS_REGISTRIES_CONF=$DIR/registries.conf \
+    CONTAINERS_REGISTRIES_CONF=$DIR/registries.conf TMPDIR=$DIR/tmp \
     unshare --mount bash -c '
       set -euo pipefail
       dir=$1 folders=$2
@@ -118,10 +119,13 @@ down() {
   [ -f "$DIR/containers.conf" ] || die "$DIR: is no folder that \`image.sh up\` made."
   in_own_mounts podman rm --force --all --time 0 >/dev/null
   local folder
-  while read -r folder; do rmdir --ignore-fail-on-non-empty "$folder"; done <"$DIR/made"
+  while read -r folder; do
+    [ ! -d "$folder" ] || rmdir --ignore-fail-on-non-empty "$folder"
+  done <"$DIR/made"
   # One folder for each controller, where control groups are of version 1.
-  find /sys/fs/cgroup -mindepth 1 -maxdepth 2 -type d -name "$CGROUP" -prune \
-    -exec find {} -depth -type d -exec rmdir {} + \;
+  find /sys/fs/cgroup -mindepth 1 -maxdepth 2 -type d -name "$CGROUP" | while read -r folder; do
+    find "$folder" -depth -type d -exec rmdir {} ';'
+  done
   rm -rf "$DIR"
 }
 

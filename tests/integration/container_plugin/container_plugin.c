@@ -25,6 +25,8 @@
 SPANK_PLUGIN(container_stand_in, 1);
 
 #define MAX_MOUNTS 32
+/* Slurm starts a task all the same if what its plugins return is not negative, ESPANK_ERROR included. */
+#define FAILURE -1
 /* Covered in the task's own view of the file system alone, so nothing has to be made on the node, or removed. */
 #define STAGE "/mnt"
 #define ROOT STAGE "/root"
@@ -34,7 +36,7 @@ static char image[4096], mounts[4096], workdir[4096];
 static int keep(int which, const char *value, int remote) {
     char *option[] = {image, mounts, workdir};
     (void)remote;
-    if (value == NULL || strlen(value) >= sizeof image) {
+    if (value == NULL || value[0] == 0 || strlen(value) >= sizeof image) {
         slurm_error("container stand-in: an option of --container-* is empty or too long");
         return ESPANK_BAD_ARG;
     }
@@ -56,7 +58,7 @@ static int failed(const char *format, ...) {
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
     slurm_error("container stand-in: %s: %s", what, strerror(number));
-    return ESPANK_ERROR;
+    return FAILURE;
 }
 
 /* Makes the folders above `path`, and `path` itself as a folder, or as an empty file. */
@@ -164,7 +166,7 @@ static int set_variables(spank_t spank) {
 int slurm_spank_init(spank_t spank, int argc, char **argv) {
     (void)argc, (void)argv;
     for (struct spank_option *option = options; option->name != NULL; option++)
-        if (spank_option_register(spank, option) != ESPANK_SUCCESS) return ESPANK_ERROR;
+        if (spank_option_register(spank, option) != ESPANK_SUCCESS) return FAILURE;
     return ESPANK_SUCCESS;
 }
 
@@ -180,7 +182,7 @@ int slurm_spank_task_init_privileged(spank_t spank, int argc, char **argv) {
     int file = open(image, O_RDONLY | O_CLOEXEC);
     if (file < 0) return failed("open --container-image=%s", image);
     for (size_t i = 0; i < sizeof of_the_node / sizeof *of_the_node; i++)
-        if (open_binding(&bindings[count++], of_the_node[i], of_the_node[i], 0) != ESPANK_SUCCESS) return ESPANK_ERROR;
+        if (open_binding(&bindings[count++], of_the_node[i], of_the_node[i], 0) != ESPANK_SUCCESS) return FAILURE;
     char *rest = NULL;
     for (char *one = strtok_r(mounts, ",", &rest); one != NULL; one = strtok_r(NULL, ",", &rest)) {
         char *parts = NULL, *source = strtok_r(one, ":", &parts), *target = strtok_r(NULL, ":", &parts);
@@ -190,13 +192,13 @@ int slurm_spank_task_init_privileged(spank_t spank, int argc, char **argv) {
             return failed("--container-mounts: %s is none of SOURCE, SOURCE:TARGET, SOURCE:TARGET:ro, or one too many", one);
         }
         if (open_binding(&bindings[count++], source, target == NULL ? source : target, flags != NULL) != ESPANK_SUCCESS)
-            return ESPANK_ERROR;
+            return FAILURE;
     }
-    if (mount_image(file) != ESPANK_SUCCESS) return ESPANK_ERROR;
+    if (mount_image(file) != ESPANK_SUCCESS) return FAILURE;
     close(file);
     for (size_t i = 0; i < count; i++)
-        if (bind_it(&bindings[i]) != ESPANK_SUCCESS) return ESPANK_ERROR;
-    if (set_variables(spank) != ESPANK_SUCCESS) return ESPANK_ERROR;
+        if (bind_it(&bindings[i]) != ESPANK_SUCCESS) return FAILURE;
+    if (set_variables(spank) != ESPANK_SUCCESS) return FAILURE;
     if (chroot(ROOT) != 0 || chdir("/") != 0) return failed("enter %s", image);
     return ESPANK_SUCCESS;
 }
