@@ -85,7 +85,7 @@ def report(
 
         picture, answers = write_dashboard(run, dashboard, board=board, run_label=run_label)
         print(picture)
-        return _finish({"dashboard": str(picture), "answers": str(answers)}, as_json)
+        return finish({"dashboard": str(picture), "answers": str(answers)}, as_json)
     from hopescale.report.page import write_report
 
     page = write_report(run)

@@ -30,6 +30,10 @@ def _has_modules(*names: str) -> Callable[[], bool]:
     return lambda: all(importlib.util.find_spec(name) is not None for name in names)
 
 
+def _has_programs(*names: str) -> Callable[[], bool]:
+    return lambda: all(shutil.which(name) is not None for name in names)
+
+
 def _has_programs_and_root(*names: str) -> Callable[[], bool]:
     # Daemons live where not everybody's PATH leads.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
