@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hopescale import __version__
 from hopescale.cli_settings import Json, Overrides, Settings, WithSettings, finish
-from hopescale.errors import UserError, describe
+from hopescale.errors import ConfigError, Problem, UserError, describe
 from hopescale.slurm_commands import runs_app, slurm_app
 
 app = typer.Typer(
@@ -86,6 +86,9 @@ def report(
         picture, answers = write_dashboard(run, dashboard, board=board, run_label=run_label)
         print(picture)
         return finish({"dashboard": str(picture), "answers": str(answers)}, as_json)
+    if board != "overview" or run_label is not None:
+        rule, fix = "is ignored without --dashboard", "name a Prometheus: --dashboard http://HOST:9090"
+        raise ConfigError(Problem("board" if run_label is None else "run_label", run_label or board, rule, fix))
     from hopescale.report.page import write_report
 
     page = write_report(run)

@@ -9,7 +9,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from typer.testing import CliRunner
+
 from data_pipeline.errors import UserError
+from hopescale.cli import app
 from hopescale.dashboards.answers import load
 from hopescale.dashboards.prometheus_api import Series
 from hopescale.report import dashboard
@@ -127,3 +130,10 @@ def test_a_file_that_holds_no_answers_is_named(run: Path, content: str) -> None:
 def test_a_file_that_is_not_there_is_named(run: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         write_dashboard(run, "127.0.0.1:9090")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--board", "nodes"), ("--run-label", "small")])
+def test_options_of_the_dashboard_are_refused_without_it(run: Path, option: str, value: str) -> None:
+    refused = CliRunner().invoke(app, ["report", str(run), option, value])
+    assert isinstance(refused.exception, UserError)
+    assert f"{option[2:].replace('-', '_')}={value}: is ignored without --dashboard" in str(refused.exception)
