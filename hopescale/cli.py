@@ -62,8 +62,30 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
-    """Draw a run's figures and write one self-contained HTML page."""
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dashboard: Annotated[
+        str | None,
+        typer.Option(metavar="URL|FILE", help="Instead, draw a dashboard of what this Prometheus has of the run."),
+    ] = None,
+    board: Annotated[
+        str, typer.Option(help="Which one: overview, optimizer, data, reliability or nodes.")
+    ] = "overview",
+    run_label: Annotated[
+        str | None, typer.Option(help="Value of the label run, if it is not the folder's name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a run's figures and write one self-contained HTML page, or draw a dashboard into RUN/report/dashboard.png.
+
+    What Prometheus answered is kept beside the picture: --dashboard RUN/report/dashboard.json draws it again.
+    """
+    if dashboard is not None:
+        from hopescale.report.dashboard import write_dashboard
+
+        picture, answers = write_dashboard(run, dashboard, board=board, run_label=run_label)
+        print(picture)
+        return finish({"dashboard": str(picture), "answers": str(answers)}, as_json)
     from hopescale.report.page import write_report
 
     page = write_report(run)

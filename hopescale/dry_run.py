@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hopescale.checkpoint.manager import committed
+from hopescale.checkpoint.staging import committed
 from hopescale.config.schema import Config
 from hopescale.logs import close_files
 from hopescale.parallel.agreement import Together, decide_on_first

@@ -16,8 +16,9 @@ from data_pipeline.cache import write_json
 from data_pipeline.pixels.frames import read_frames
 from data_pipeline.reader.clips import ClipReader
 from hopescale.checkpoint import contents
-from hopescale.checkpoint.manager import committed, load_tensors
+from hopescale.checkpoint.manager import load_tensors
 from hopescale.checkpoint.manifest import verify
+from hopescale.checkpoint.staging import committed
 from hopescale.config.compose import validate, with_overrides
 from hopescale.config.schema import Config
 from hopescale.errors import CheckpointError, ConfigError, Problem

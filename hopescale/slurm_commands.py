@@ -63,7 +63,7 @@ def status(run: Run, as_json: Json = False) -> None:
 @slurm_app.command()
 def requeue(run: Run, as_json: Json = False) -> None:
     """Put the job of a run back into the queue."""
-    from hopescale.slurm.submit import requeue as requeue_run
+    from hopescale.slurm.job import requeue as requeue_run
 
     finish(requeue_run(run), as_json)
 
@@ -75,7 +75,7 @@ def cancel(
     as_json: Json = False,
 ) -> None:
     """End the job of a run for good, with a checkpoint."""
-    from hopescale.slurm.submit import cancel as cancel_run
+    from hopescale.slurm.job import cancel as cancel_run
 
     result = cancel_run(run, now=now)
     if not as_json:

@@ -212,6 +212,7 @@ class Trainer:
             return
         recorder, state = self.recorder, self.state
         self.logged_step = state.step
+        recorder.set("planned_steps", self.config.train.steps)
         recorder.set("attempted_steps_total", state.attempted_steps)
         recorder.set("nonfinite_steps_total", self.skipped_steps)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)

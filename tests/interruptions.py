@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 import hopescale.train
 import hopescale.trainer
-from hopescale.checkpoint.manager import CheckpointManager, committed
+from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import read_manifest
+from hopescale.checkpoint.staging import committed
 from hopescale.parallel.process_group import end_process
 
 MOMENTS = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ _LISTENING = re.compile(r'msg="Listening on" address=(\S+)')
 class LivePrometheus(PrometheusApi):
     """A running server; a context manager. Requires the capability `prometheus-server`.
 
-    What it offers beside `query`, `query_range`, `label_values` and `get` of the API: `until`, which polls, and `stop`.
+    Beside `query`, `query_range`, `label_values` and `get` of the API it offers `until`, which polls, and `reload`.
     Paths in the configuration (rules, file_sd) are relative to `folder`, where it lies as prometheus.yml.
 
     Args:
@@ -78,9 +80,25 @@ class LivePrometheus(PrometheusApi):
                 raise RuntimeError(f"waiting until {what}: {state}\n{self.log.read_text()[-3000:]}")
             time.sleep(0.1)
 
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Replace its configuration.
+
+        Raises:
+            RuntimeError: it refuses that; the message says why.
+        """
+        (self.folder / "prometheus.yml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        self.reload()
+
     def reload(self) -> None:
-        """Make it read its configuration and rules again; a mistake in them is in its log."""
-        self._process.send_signal(1)
+        """Make it read its configuration and rules again.
+
+        Raises:
+            RuntimeError: there is a mistake in them; the message says which.
+        """
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{self.url}/-/reload", method="POST"), timeout=30).close()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode()) from error
 
     def stop(self) -> None:
         """End it; its folder stays. May be called twice."""

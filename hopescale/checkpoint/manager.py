@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -26,25 +25,10 @@ from hopescale.parallel.agreement import Together, decide_on_first
 from . import contents
 from .contents import RunState
 from .manifest import describe, read_manifest, write_manifest
-from .staging import Staging
+from .staging import Staging, committed, step_folder
 from .storage import TENSORS_FILE, RawReader, RawWriter
 
 logger = logging.getLogger(__name__)
-
-STEP_FOLDER = re.compile(r"step-(\d{9,})")
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:09d}"
-
-
-def committed(root: Path) -> list[Path]:
-    """Folders of committed checkpoints, newest first; what an interrupted save left is not among them."""
-    if not root.is_dir():
-        return []
-    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 class CheckpointManager:

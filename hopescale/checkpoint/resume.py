@@ -16,8 +16,8 @@ from typing import Any
 
 from hopescale.errors import CheckpointError, ConfigError, Problem
 
-from .manager import committed
 from .manifest import verify
+from .staging import committed
 
 CURVE_SECTIONS = ("model", "objective", "optimizer")
 INEXACT_PLAN = "block_periodic"

@@ -1,4 +1,6 @@
-"""Where checkpoints are written before they exist: one folder an incarnation, so that only the newest can commit.
+"""Folders of checkpoints: those that exist, and those that are being written.
+
+Each incarnation writes into a folder of its own, so that only the newest can commit.
 
 A rank that was cut off from its job may live on for minutes and still reach the shared file system, while Slurm has
 started the run anew elsewhere. Asking whether one is the newest and committing then leaves a moment in between. So an
@@ -15,7 +17,21 @@ from pathlib import Path
 
 from hopescale.errors import Problem, Superseded
 
+STEP_FOLDER = re.compile(r"step-(\d{9,})")
 NAME = re.compile(r"writing-(\d{6,})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:09d}"
+
+
+def committed(root: Path) -> list[Path]:
+    """Folders of committed checkpoints, newest first; what an interrupted save left is not among them."""
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def newest_incarnation(root: Path) -> int:

@@ -8,11 +8,11 @@ documentation are generated from this table or tested against it. Names follow t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from hopescale.metrics.data_metrics import READER_METRICS, SHARDER_METRICS
-from hopescale.metrics.metric import Metric
+from hopescale.metrics.metric import Metric, shown_on
 from hopescale.metrics.reliability_metrics import RELIABILITY_METRICS
 
 MEMORIES = ("key", "value", "eta", "alpha", "main")
@@ -24,9 +24,15 @@ class UnknownMetric(LookupError):
     """A key or label that the catalog does not hold; the message names the nearest one it does."""
 
 
-CATALOG: tuple[Metric, ...] = (
-    # Progress.
+_PROGRESS = shown_on(
+    "overview",
     Metric(key="step", unit="steps", reduction="global", help="Optimizer updates done."),
+    Metric(
+        key="planned_steps",
+        unit="steps",
+        reduction="global",
+        help="Optimizer updates after which the run is done (train.steps).",
+    ),
     Metric(
         key="attempted_steps_total",
         kind="counter",
@@ -48,12 +54,19 @@ CATALOG: tuple[Metric, ...] = (
         reduction="global",
         help="Time this incarnation has spent training, evaluation and checkpoints excluded.",
     ),
-    # Optimization.
+)
+
+_LOSSES = shown_on(
+    "overview",
     Metric(key="loss", reduction="mean", help="Training objective, mean over the clips since the last log step."),
     Metric(key="loss_teacher", reduction="mean", help="Teacher-forced one-step part of the objective."),
     Metric(key="loss_jump", reduction="mean", help="Jump part of the objective (first frames to frame tau)."),
     Metric(key="loss_rollout", reduction="mean", help="Part of the objective predicted from predictions, per frame."),
     Metric(key="loss_auxiliary", reduction="mean", help="How far memories' keys and values are from agreeing, a clip."),
+)
+
+_OPTIMIZATION = shown_on(
+    "optimizer and memories",
     Metric(
         key="objective_weight",
         labels=("kind",),
@@ -107,7 +120,10 @@ CATALOG: tuple[Metric, ...] = (
         reduction="mean",
         help="Share of the numbers in the parameters whose gradient was exactly 0 on the log step (0 to 1).",
     ),
-    # Speed.
+)
+
+_SPEED = shown_on(
+    "overview",
     Metric(
         key="clips_per_second",
         unit="clips/s",
@@ -120,24 +136,16 @@ CATALOG: tuple[Metric, ...] = (
         reduction="global",
         help="FLOPs of matrix products that all ranks execute a second, by the closed form of one clip.",
     ),
+)
+
+_RANKS = shown_on(
+    "per node",
     Metric(
         key="step_seconds",
         unit="seconds",
         labels=("rank",),
         reduction="rank",
         help="Mean duration of a step since the last log step.",
-    ),
-    Metric(
-        key="data_wait_seconds",
-        unit="seconds",
-        reduction="mean",
-        help="Mean time per step that a rank waited for its next batch.",
-    ),
-    Metric(
-        key="data_wait_ratio",
-        unit="ratio",
-        reduction="mean",
-        help="Share of the training time spent waiting for data (0 to 1).",
     ),
     Metric(
         key="last_step_timestamp_seconds",
@@ -153,9 +161,26 @@ CATALOG: tuple[Metric, ...] = (
         reduction="rank",
         help="Peak memory allocated by the rank on its device (resident set on CPU).",
     ),
-    *READER_METRICS,
-    *SHARDER_METRICS,
-    # Checkpoints.
+)
+
+_WAITING = shown_on(
+    "data",
+    Metric(
+        key="data_wait_seconds",
+        unit="seconds",
+        reduction="mean",
+        help="Mean time per step that a rank waited for its next batch.",
+    ),
+    Metric(
+        key="data_wait_ratio",
+        unit="ratio",
+        reduction="mean",
+        help="Share of the training time spent waiting for data (0 to 1).",
+    ),
+)
+
+_CHECKPOINTS = shown_on(
+    "checkpoints and reliability",
     Metric(
         key="checkpoint_seconds",
         unit="seconds",
@@ -177,9 +202,10 @@ CATALOG: tuple[Metric, ...] = (
         record="checkpoint",
         help="Step of the last committed checkpoint.",
     ),
-    # Survival.
-    *RELIABILITY_METRICS,
-    # Fast weights.
+)
+
+_FAST_WEIGHTS = shown_on(
+    "optimizer and memories",
     Metric(
         key="memory_surprise",
         labels=("frame",),
@@ -250,7 +276,10 @@ CATALOG: tuple[Metric, ...] = (
         reduction="mean",
         help="Share of what long-term memories (model.longterm) recall that is added, mean over tokens and blocks.",
     ),
-    # Continuum memory.
+)
+
+_CONTINUUM_MEMORY = shown_on(
+    "optimizer and memories",
     Metric(
         key="cms_active_frames",
         unit="frames",
@@ -273,7 +302,10 @@ CATALOG: tuple[Metric, ...] = (
         reduction="global",
         help="Steps the level's matrices have taken: one in every period of their optimizer group.",
     ),
-    # Evaluation.
+)
+
+_EVALUATION = shown_on(
+    "overview",
     Metric(
         key="skill",
         labels=("kind",),
@@ -297,7 +329,10 @@ CATALOG: tuple[Metric, ...] = (
         record="eval",
         help="One-step error with another clip's actions minus that with the true ones; 0 is a model blind to actions.",
     ),
-    # Identity.
+)
+
+_IDENTITY = shown_on(
+    "overview",
     Metric(
         key="run_info",
         labels=("version", "torch", "config_hash", "incarnation"),
@@ -305,6 +340,23 @@ CATALOG: tuple[Metric, ...] = (
         record="info",
         help="Always 1; its labels say which code and configuration run.",
     ),
+)
+
+CATALOG: tuple[Metric, ...] = (
+    *_PROGRESS,
+    *_LOSSES,
+    *_OPTIMIZATION,
+    *_SPEED,
+    *_RANKS,
+    *_WAITING,
+    *READER_METRICS,
+    *SHARDER_METRICS,
+    *_CHECKPOINTS,
+    *RELIABILITY_METRICS,
+    *_FAST_WEIGHTS,
+    *_CONTINUUM_MEMORY,
+    *_EVALUATION,
+    *_IDENTITY,
 )
 
 _BY_KEY: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in CATALOG})
@@ -333,13 +385,13 @@ def flat_key(metric: Metric, label_value: str | None) -> str:
     return metric.key if label_value is None else f"{metric.key}_{label_value}"
 
 
-def markdown_table() -> str:
+def markdown_table(catalog: Sequence[Metric] = CATALOG) -> str:
     """The catalog as a Markdown table, as it stands in this package's README."""
-    rows = ["| name | kind | unit | over ranks | meaning |", "|---|---|---|---|---|"]
-    for metric in CATALOG:
+    rows = ["| name | kind | unit | over ranks | dashboard | meaning |", "|---|---|---|---|---|---|"]
+    for metric in catalog:
         labels = "{" + ", ".join(metric.labels) + "}" if metric.labels else ""
-        unit = metric.unit or "-"
-        rows.append(f"| `{metric.name}{labels}` | {metric.kind} | {unit} | {metric.reduction} | {metric.help} |")
+        what = (metric.kind, metric.unit or "-", metric.reduction, metric.dashboard or "-", metric.help)
+        rows.append(f"| `{metric.name}{labels}` | {' | '.join(what)} |")
     return "\n".join(rows) + "\n"
 
 

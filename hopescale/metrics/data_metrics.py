@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from hopescale.metrics.metric import Metric
+from hopescale.metrics.metric import Metric, shown_on
 
-READER_METRICS: tuple[Metric, ...] = (
+READER_METRICS: tuple[Metric, ...] = shown_on(
+    "data",
     Metric(
         key="reader_clips_total",
         kind="counter",
@@ -160,7 +161,9 @@ READER_STATS: Mapping[str, tuple[str, str | None]] = MappingProxyType(
 )
 """Field of `data_pipeline.stats.ReaderStats` -> key, and the value of its label if it has one."""
 
-SHARDER_METRICS: tuple[Metric, ...] = (
+SHARDER_METRICS: tuple[Metric, ...] = shown_on(
+    # A job of its own before all runs, whose text file node_exporter serves without the labels of a run.
+    None,
     Metric(
         key="sharder_clips_total",
         kind="counter",

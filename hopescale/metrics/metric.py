@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 PREFIX = "hopescale_"
@@ -10,6 +10,7 @@ PREFIX = "hopescale_"
 Kind = Literal["gauge", "counter"]
 Reduction = Literal["mean", "rms", "sum", "rank", "global"]
 Record = Literal["train", "eval", "checkpoint", "shard", "info"]
+Dashboard = Literal["overview", "optimizer and memories", "data", "checkpoints and reliability", "per node"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Metric:
         reduction: over ranks: `mean` = sum / count, `rms` = its root, where squares are summed up, `sum`, `rank` = kept
             per rank (files hold the mean), `global` = the same on all ranks, taken from rank 0.
         record: the kind of flush that publishes it; `info` goes to Prometheus only, `shard` to the sharder's text file.
+        dashboard: where people see it; `shown_on` sets it for all metrics of a subject. None for what is of no run.
     """
 
     key: str
@@ -38,8 +40,14 @@ class Metric:
     overall: bool = False
     reduction: Reduction
     record: Record = "train"
+    dashboard: Dashboard | None = "overview"
 
     @property
     def name(self) -> str:
         """Prometheus name."""
         return PREFIX + self.key
+
+
+def shown_on(dashboard: Dashboard | None, *metrics: Metric) -> tuple[Metric, ...]:
+    """Rows of the catalog that belong to one dashboard."""
+    return tuple(replace(metric, dashboard=dashboard) for metric in metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hopescale.metrics.metric import Metric
+from hopescale.metrics.metric import Metric, shown_on
 
 TIME_CLASSES = (
     "init",
@@ -17,7 +17,8 @@ TIME_CLASSES = (
 )
 """Every second since a run's first start is of exactly one; `hopescale.resilience.goodput` says which."""
 
-RELIABILITY_METRICS: tuple[Metric, ...] = (
+RELIABILITY_METRICS: tuple[Metric, ...] = shown_on(
+    "checkpoints and reliability",
     Metric(
         key="nonfinite_steps_total",
         kind="counter",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hopescale.report import pictures, plots, tables
 from hopescale.report.evaluation import RunRecord, load_run
+from hopescale.report.files import png, write_whole
 from hopescale.report.stylesheet import STYLESHEET
 
 if TYPE_CHECKING:
@@ -82,30 +81,14 @@ def write_report(run: Path) -> Path:
     images: dict[str, bytes] = {}
     panels = _panels(record)
     for panel in panels:
-        images[panel.name] = _png(panel.build())
-        _write_whole(folder / f"{panel.name}.png", images[panel.name])
+        images[panel.name] = png(panel.build())
+        write_whole(folder / f"{panel.name}.png", images[panel.name])
     for stale in folder.glob("clip-*.png"):
         if stale.stem not in images:
             stale.unlink()
     page = folder / "index.html"
-    _write_whole(page, _html(record, panels, images).encode())
+    write_whole(page, _html(record, panels, images).encode())
     return page
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the version stamp equal inputs give equal bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _panels(record: RunRecord) -> list[Panel]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from hopescale.checkpoint.manager import committed
+from hopescale.checkpoint.staging import committed
 from hopescale.errors import ConfigError, Problem, UserError
 from hopescale.resilience.goodput import read_history
 from hopescale.run_folder import RunFolder
 
+from .job import job_of
 from .programs import job_state
-from .submit import job_of
 
 TAIL_BYTES = 1 << 20
 """Of metrics.jsonl; a record has a few thousand."""

@@ -1,8 +1,7 @@
-"""Submitting a run, and what can be asked of its job afterwards."""
+"""Submitting a run."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
 from hopescale.run_folder import make_run_folder
 
+from .job import job_of
 from .programs import job_state, slurm
 from .render import render, settings_file
 
@@ -67,51 +67,6 @@ def check(config: Config) -> None:
     quiet = config.model_copy(update={"metrics": config.metrics.model_copy(update={"listen": "off"})})
     for reader in preflight(quiet, replace(Launch(), world_size=nodes * ranks, local_world_size=ranks)):
         reader.close()
-
-
-def requeue(run: Path) -> dict[str, Any]:
-    """Put a run's job back into the queue.
-
-    Raises:
-        UserError: the run has no job, or Slurm refuses.
-    """
-    job = job_of(run)
-    (run / "slurm" / "cancelled").unlink(missing_ok=True)
-    slurm("scontrol", "requeue", job)
-    return {"job": job, "run": str(run)}
-
-
-def cancel(run: Path, *, now: bool) -> dict[str, Any]:
-    """End a run's job for good.
-
-    Args:
-        run: its folder.
-        now: kill it, losing what came after its last checkpoint; else a job that runs saves first.
-
-    Raises:
-        UserError: the run has no job, or Slurm refuses.
-    """
-    job = job_of(run)
-    (run / "slurm" / "cancelled").touch()
-    saves = not now and (job_state(job) or "").startswith("RUNNING")
-    if saves:
-        (run / "stop").touch()
-    else:
-        slurm("scancel", job)
-    return {"job": job, "run": str(run), "saves": saves}
-
-
-def job_of(run: Path) -> str:
-    """The job that was last submitted for a run.
-
-    Raises:
-        ConfigError: none was.
-    """
-    path = run / "slurm" / "job.json"
-    if not path.is_file():
-        rule = "was not submitted by `hopescale slurm submit`"
-        raise ConfigError(Problem("run", run, rule, "name the folder of a run that was"))
-    return str(json.loads(path.read_text())["job"])
 
 
 def _refuse_second_job(run: Path) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hopescale.checkpoint.contents import RunState, tensors
-from hopescale.checkpoint.manager import CheckpointManager, step_folder
+from hopescale.checkpoint.manager import CheckpointManager
+from hopescale.checkpoint.staging import step_folder
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.model.build import build_predictor

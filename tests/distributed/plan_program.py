@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from data_pipeline.batch import StepBatches
 from hopescale.checkpoint.contents import RunState
-from hopescale.checkpoint.manager import CheckpointManager, step_folder
+from hopescale.checkpoint.manager import CheckpointManager
+from hopescale.checkpoint.staging import step_folder
 from hopescale.config.compose import load_config
 from hopescale.config.schema import Config
 from hopescale.parallel.engine import Engine

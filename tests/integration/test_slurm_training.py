@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.checkpoint.manager import committed
 from hopescale.checkpoint.manifest import read_manifest
+from hopescale.checkpoint.staging import committed
 from hopescale.resilience.goodput import read_history
 from tests.feature_folders import write_features
 from tests.interruptions import curve, final_state

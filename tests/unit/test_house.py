@@ -38,7 +38,7 @@ GROUP_CALLS = {
     "split_group",
 }
 PARALLEL_MODULES = ("torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.distributed._composable")
-IMPORTED_ONCE = ("deepspeed", "prometheus_client", "tensorboard", "transformers")
+IMPORTED_ONCE = ("deepspeed", "grafana_foundation_sdk", "prometheus_client", "tensorboard", "transformers")
 UNPICKLERS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 MODEL_MAY_IMPORT = {"hopescale.model", "jaxtyping", "pydantic", "pydantic_core", "torch", "typing_extensions"}
 DISTRIBUTION_OF = {

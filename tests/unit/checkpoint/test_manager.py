@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from hopescale.checkpoint.contents import RunState, optimizer_steps, tensors
-from hopescale.checkpoint.manager import CheckpointManager, committed, step_folder
+from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import verify, write_manifest
+from hopescale.checkpoint.staging import committed, step_folder
 from hopescale.errors import EXIT_SUPERSEDED, CheckpointError, UserError
 from hopescale.optim.m3 import M3
 from hopescale.optim.schema import OptimizerConfig

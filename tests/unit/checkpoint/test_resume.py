@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from hopescale.checkpoint.manager import step_folder
 from hopescale.checkpoint.manifest import describe, write_manifest
 from hopescale.checkpoint.resume import check_same_curve, newest_valid
+from hopescale.checkpoint.staging import step_folder
 from hopescale.config.compose import to_tree
 from hopescale.config.schema import Config
 from hopescale.errors import CheckpointError, ConfigError

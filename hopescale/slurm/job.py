@@ -1,0 +1,56 @@
+"""The job that a run was last submitted as, and what can be done to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hopescale.errors import ConfigError, Problem
+
+from .programs import job_state, slurm
+
+
+def requeue(run: Path) -> dict[str, Any]:
+    """Put a run's job back into the queue.
+
+    Raises:
+        UserError: the run has no job, or Slurm refuses.
+    """
+    job = job_of(run)
+    (run / "slurm" / "cancelled").unlink(missing_ok=True)
+    slurm("scontrol", "requeue", job)
+    return {"job": job, "run": str(run)}
+
+
+def cancel(run: Path, *, now: bool) -> dict[str, Any]:
+    """End a run's job for good.
+
+    Args:
+        run: its folder.
+        now: kill it, losing what came after its last checkpoint; else a job that runs saves first.
+
+    Raises:
+        UserError: the run has no job, or Slurm refuses.
+    """
+    job = job_of(run)
+    (run / "slurm" / "cancelled").touch()
+    saves = not now and (job_state(job) or "").startswith("RUNNING")
+    if saves:
+        (run / "stop").touch()
+    else:
+        slurm("scancel", job)
+    return {"job": job, "run": str(run), "saves": saves}
+
+
+def job_of(run: Path) -> str:
+    """The job that was last submitted for a run.
+
+    Raises:
+        ConfigError: none was.
+    """
+    path = run / "slurm" / "job.json"
+    if not path.is_file():
+        rule = "was not submitted by `hopescale slurm submit`"
+        raise ConfigError(Problem("run", run, rule, "name the folder of a run that was"))
+    return str(json.loads(path.read_text())["job"])
