@@ -104,9 +104,3 @@ class LiveAlertmanager(LiveServer):
         """All alerts it knows, as its API has them: `labels`, `annotations`, `status` with `inhibitedBy`."""
         with urllib.request.urlopen(f"http://{self.address}/api/v2/alerts", timeout=10) as answer:
             return json.loads(answer.read())
-
-    def __enter__(self) -> LiveAlertmanager:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()

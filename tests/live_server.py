@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Found = TypeVar("Found")
 
@@ -21,7 +21,6 @@ class LiveServer:
         name: of the program, for messages and its log.
         command: its command line.
         folder: where it runs and its log lies; exists.
-        ready_seconds: how long it may take to listen.
 
     Attributes:
         address: `host:port` it listens on, as it writes into its log.
@@ -31,7 +30,7 @@ class LiveServer:
         RuntimeError: it ended, or did not listen in time; the message holds its log.
     """
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path, *, ready_seconds: float = 60) -> None:
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
         self.name, self.folder, self.log = name, folder, folder / f"{name.lower()}.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -43,7 +42,7 @@ class LiveServer:
                 stderr=subprocess.STDOUT,
             )
         try:
-            self.address = self.until(self._listens, within=ready_seconds, what="it listens")
+            self.address = self.until(self._listens, what="it listens")
         except BaseException:
             self.stop()
             raise
@@ -78,6 +77,12 @@ class LiveServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
 
     def _listens(self) -> str | None:
         found = _LISTENING.search(self.log.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,6 +135,24 @@ class MonitoredRun:
         return self.folder / "live" / socket.gethostname() / "000000" / f"rank-{rank:05d}.bin"
 
     @contextmanager
+    def lost_numbers(self, rank: int) -> Iterator[None]:
+        """A rank's file is gone for the time of a block; the rank writes into it all the same."""
+        own = self.rank_file(rank)
+        aside = own.rename(own.with_suffix(".aside"))
+        try:
+            yield
+        finally:
+            aside.replace(own)
+
+    @contextmanager
+    def frozen_numbers(self, rank: int) -> Iterator[None]:
+        """In place of a rank's file lies a copy that stays as it is, for the time of a block."""
+        with self.lost_numbers(rank):
+            own = self.rank_file(rank)
+            shutil.copy(own.with_suffix(".aside"), own)
+            yield
+
+    @contextmanager
     def full_disk(self) -> Iterator[None]:
         """Nothing is free on the run folder's file system for the time of a block, whatever the run removes."""
         filler, end = self.folder / "filler", threading.Event()
@@ -179,7 +198,9 @@ class Clips:
     A reader that is told not to check them (`data.reader.checksums=false`) hands on whatever lies there.
     """
 
+    dataset: Path
     places: tuple[tuple[Path, int, tuple[int, ...]], ...]
+    """File, offset and shape of each."""
 
     @classmethod
     def of(cls, dataset: Path) -> Clips:
@@ -194,7 +215,7 @@ class Clips:
                         shape, _, dtype = np.lib.format.read_array_header_1_0(header)
                         assert dtype == np.float16
                         places.append((path, member.offset_data + header.tell(), shape))
-        return cls(tuple(places))
+        return cls(dataset, tuple(places))
 
     def overwrite(self, values: Values, count: int | None = None) -> None:
         """Put other values in place of the features of the first `count` clips, or of all."""

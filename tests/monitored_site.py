@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -27,15 +24,15 @@ SECONDS = {
     "evaluate": "1s",
     "memory": "5m",
     "stall_least": "8s",
-    "stall_most": "20s",
+    "stall_most": "30s",
     "stall_for": "1s",
     "start_for": "15s",
-    "exporter_for": "2s",
-    "rank_for": "4s",
+    "exporter_for": "3s",
+    "rank_for": "5s",
     "loss_recent": "3s",
     "loss_usual": "1m",
     "loss_for": "1s",
-    "nonfinite_within": "6s",
+    "nonfinite_within": "8s",
     "data_wait_ratio": 0.5,
     "data_wait_over": "10s",
     "data_wait_for": "2s",
@@ -48,7 +45,7 @@ SECONDS = {
     "checkpoint_least": "8s",
     "checkpoint_most": "30s",
     "checkpoint_for": "1s",
-    "checkpoint_failed_within": "6s",
+    "checkpoint_failed_within": "8s",
     "disk_least_bytes": 16 << 20,
     "disk_full_in": "1s",
     "disk_trend": "30s",
@@ -69,7 +66,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.discovery, self.token_file = folder / "discovery", folder / "hopescale.token"
-        self.discovery.mkdir(parents=True)
+        self.discovery.mkdir()
         self.token_file.write_text("a secret of this site\n")
         self.token_file.chmod(0o600)
         settings = yaml.safe_load((OPS / "prometheus" / "settings.yml").read_text())
@@ -104,15 +101,17 @@ class Site:
         job["authorization"]["credentials_file"] = str(self.token_file)
         return config
 
-    def list_target(self, name: str, address: str, labels: Mapping[str, str]) -> None:
-        """Write an entry into service discovery."""
-        part = self.discovery / f"{name}.part"
-        part.write_text(json.dumps([{"targets": [address], "labels": dict(labels)}]))
-        os.replace(part, self.discovery / f"{name}.json")
+    def settings(self, cluster: str) -> list[str]:
+        """Of a run that is to be watched, under this name of its cluster."""
+        return [
+            f"cluster.name={cluster}",
+            f"metrics.discovery={self.discovery}",
+            f"metrics.token_file={self.token_file}",
+        ]
 
-    def remove_target(self, name: str) -> None:
-        """Take an entry out of service discovery."""
-        (self.discovery / f"{name}.json").unlink()
+    def entries(self, cluster: str) -> list[Path]:
+        """What service discovery holds of a cluster."""
+        return sorted(self.discovery.glob(f"{cluster}-*.json"))
 
     def value(self, query: str) -> float | None:
         """What Prometheus says to a query with one answer; None where it has none."""
@@ -158,6 +157,11 @@ class Site:
     def alerts_of(self, cluster: str) -> set[str]:
         """Names of all alerts of the run in a cluster that were ever sent."""
         return {message.name for message in self.webhook.messages if message.labels.get("cluster") == cluster}
+
+    def held_back(self, cluster: str) -> set[str]:
+        """Names of the alerts of the run in a cluster that others explain, so that they are not sent."""
+        known = [alert for alert in self.alertmanager.alerts() if alert["labels"].get("cluster") == cluster]
+        return {alert["labels"]["alertname"] for alert in known if alert["status"]["inhibitedBy"]}
 
     def state(self) -> str:
         """What Prometheus knows of alerts and thresholds, for messages of failures."""
