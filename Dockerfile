@@ -28,11 +28,12 @@ WORKDIR /src
 COPY pyproject.toml ./
 COPY hopescale/__init__.py hopescale/
 ARG EXTRAS=demo
-RUN mkdir configs data_pipeline && touch LICENSE README.md \
+RUN mkdir -p configs data_pipeline launch/slurm && touch LICENSE README.md launch/slurm/train.sbatch \
     && /opt/tools/bin/pip --python /opt/hopescale install -c /opt/constraints.txt ".[${EXTRAS}]"
 COPY LICENSE README.md ./
 COPY configs configs
 COPY data_pipeline data_pipeline
+COPY launch/slurm/train.sbatch launch/slurm/
 COPY hopescale hopescale
 RUN /opt/tools/bin/pip --python /opt/hopescale install --no-deps --force-reinstall . \
     && /opt/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
