@@ -114,6 +114,18 @@ class RunFolder:
         lock.flush()
         return lock
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a living process holds the folder."""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
     def write_config(self, config: Config) -> None:
         """Replace config.yaml by the resolved configuration of this incarnation."""
         part = self.config.with_suffix(".yaml.part")

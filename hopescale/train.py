@@ -53,7 +53,7 @@ from hopescale.resilience.goodput import Goodput, process_age
 from hopescale.resilience.preemption import StopRequests
 from hopescale.run_folder import Attempt, RunFolder, make_run_folder
 from hopescale.slurm.environment import read_job
-from hopescale.trainer import Trainer
+from hopescale.trainer import Trainer, place_in_data
 
 # Not __name__: torchrun starts this file as __main__.
 logger = logging.getLogger("hopescale.train")
@@ -254,7 +254,7 @@ def evaluate(
             rank=launch.rank,
             world_size=launch.world_size,
             shuffled=True,
-            guard=lambda: control.part_of_evaluation(state.attempted_steps - state.step),
+            guard=lambda: control.part_of_evaluation(state.skipped_steps),
         )
     finally:
         engine.finish_evaluation()
@@ -292,8 +292,7 @@ def resume(
     state = checkpoints.restore(folder, engine.model, engine.optimizer)
     engine.take_loaded()
     # An imported checkpoint has a place in no data yet: it starts behind the clips that its steps would have taken.
-    position = state.attempted_steps * config.train.global_batch
-    batches.load_state_dict(state.data or {**batches.state_dict(), "position": position})
+    batches.load_state_dict(state.data or place_in_data(batches, state, config))
     logger.info("resumed from %s at step %d", folder, state.step)
     return state
 

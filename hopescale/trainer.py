@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -67,8 +67,6 @@ class Trainer:
     device: torch.device
     world_size: int
     clock: StepClock = field(default_factory=StepClock)
-    moved: bool = False
-    """Whether the last step attempted was taken."""
     failed_saves: int = 0
 
     def __post_init__(self) -> None:
@@ -123,14 +121,9 @@ class Trainer:
         lost_patience = patience > 0 and self.state.evaluations_without_gain >= patience
         return self.state.step >= self.config.train.steps or lost_patience
 
-    @property
-    def skipped_steps(self) -> int:
-        """Attempted steps that moved nothing."""
-        return self.state.attempted_steps - self.state.step
-
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is to be done after the step just taken."""
-        return self.moved and every > 0 and self.state.step % every == 0
+        return not self.state.skipped_in_a_row and every > 0 and self.state.step % every == 0
 
     @property
     def steps_to_log(self) -> int:
@@ -141,7 +134,7 @@ class Trainer:
 
     def load(self, batches: Iterator[StepBatches]) -> StepBatches:
         """The next global batch's share of this rank, on its device; here ranks agree what to do."""
-        with self.account.spending("data_wait"), self.control.word(self.skipped_steps), self.clock.waiting():
+        with self.account.spending("data_wait"), self.control.word(self.state.skipped_steps), self.clock.waiting():
             return next(batches)
 
     def step(self, batches: StepBatches) -> StepResult:
@@ -162,10 +155,8 @@ class Trainer:
             self.report_skipped(batches)
         else:
             self.record(result, batches.micro)
-        self.moved = not result.skipped
-        self.state.data = self.data.state_dict()
         self.state.attempted_steps += 1
-        self.state.step += self.moved
+        self.state.step += not result.skipped
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             count, after = MAX_SKIPPED_IN_A_ROW, self.state.step
@@ -214,7 +205,7 @@ class Trainer:
         self.logged_step = state.step
         recorder.set("planned_steps", self.config.train.steps)
         recorder.set("attempted_steps_total", state.attempted_steps)
-        recorder.set("nonfinite_steps_total", self.skipped_steps)
+        recorder.set("nonfinite_steps_total", state.skipped_steps)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
         recorder.set("train_seconds_total", self.clock.total_seconds)
         recorder.record_window(window)
@@ -264,6 +255,7 @@ class Trainer:
             return
         with self.clock.paused(), self.account.spending("save"):
             began = time()
+            self.state.data = place_in_data(self.data, self.state, self.config)
             try:
                 folder = self.checkpoints.save(self.engine.model, self.optimizer, self.state)
             except UserError as error:
@@ -279,6 +271,11 @@ class Trainer:
             self.recorder.flush(self.state.step, kind="checkpoint")
             self.attempt.step = self.saved_step = self.state.step
             self.attempt.say("running")
+
+
+def place_in_data(data: GlobalBatches, state: RunState, config: Config) -> dict[str, Any]:
+    """The reader's state behind the clips of all steps attempted; a batch read for a step not taken does not count."""
+    return {**data.state_dict(), "position": state.attempted_steps * config.train.global_batch}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -42,6 +42,11 @@ class RunState:
     curriculum: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Attempted steps that moved nothing."""
+        return self.attempted_steps - self.step
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers for the manifest."""
         return asdict(self)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ class CheckpointManager:
         self.root, self.keep, self.config, self.incarnation = root, keep, config, incarnation
         self.rank = dist.get_rank()
         self.staging = decide_on_first(lambda: Staging(root, incarnation))
-        decide_on_first(lambda: _remove(root.glob("step-*.trash")))
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: RunState) -> Path:
         """Commit a checkpoint of this step and return its folder; a step already committed is left as it is.
@@ -121,15 +119,10 @@ class CheckpointManager:
         sync_path(self.root)
         try:
             for old in committed(self.root)[self.keep :]:
-                _remove([old.rename(old.with_name(old.name + ".trash"))])
+                shutil.rmtree(old.rename(old.with_name(old.name + ".trash")))
         except OSError as error:
             # The new checkpoint is safe; an old one too many must not end the run.
             logger.warning("an old checkpoint could not be deleted: %s", error)
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder)
 
 
 def load_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:

@@ -40,7 +40,7 @@ def newest_incarnation(root: Path) -> int:
 
 
 class Staging:
-    """Of one incarnation.
+    """Of one incarnation; what earlier ones were writing or deleting is removed.
 
     Args:
         root: RUN/checkpoints.
@@ -58,10 +58,9 @@ class Staging:
         for number, earlier in _begun(root):
             if number < incarnation:
                 # Renamed first, so that nothing can be renamed out of it while its content is being removed.
-                over = earlier.rename(root / f"over-{number:06d}-{secrets.token_hex(4)}")
-                shutil.rmtree(over)
-        for over in root.glob("over-*"):
-            shutil.rmtree(over)
+                earlier.rename(root / f"over-{number:06d}-{secrets.token_hex(4)}")
+        for left in (*root.glob("over-*"), *root.glob("step-*.trash")):
+            shutil.rmtree(left)
 
     def fresh_folder(self, name: str) -> Path:
         """An empty folder to write a checkpoint into.

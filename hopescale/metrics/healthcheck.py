@@ -6,7 +6,7 @@ An endpoint is withdrawn when its trainer ends and answers for as long as it liv
 belongs to a trainer that was killed, or lost its sidecar. A trainer that stands still answers all the same: the age of
 `hopescale_last_step_timestamp_seconds` tells that. Commands that announce nothing are healthy while they run.
 
-Imports the standard library only: it is started every few seconds for the life of a job.
+Imports the standard library only, and what does the same: it is started every few seconds for the life of a job.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hopescale.process_start import seconds_after_boot
 
 ANNOUNCEMENT = "metrics-endpoint*.json"
 PLACES = (ANNOUNCEMENT, f"*/{ANNOUNCEMENT}", f"runs/*/{ANNOUNCEMENT}")
@@ -89,9 +90,8 @@ def complaint(endpoint: Announced) -> str | None:
 
 def container_start() -> float:
     """Unix time at which process 1 started."""
-    after_name = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
     boot = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    return float(boot) + float(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    return float(boot) + seconds_after_boot(1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -50,10 +49,11 @@ class ControlWord:
         self._spoken: float | None = None
         self._longest_pause = 0.0
 
-    def word(self, skipped_steps: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def word(self, skipped_steps: int) -> Iterator[None]:
         """A block that a rank may fail in for reasons of its own, as in `Together`; the ranks speak at its end.
 
-        The block must hold no collective.
+        The block must hold no collective. An error in it that is no UserError or OSError passes and ends the launch.
 
         Args:
             skipped_steps: of the run so far; ranks whose gradients agree have skipped the same.
@@ -62,17 +62,26 @@ class ControlWord:
             UserError: on every rank, what failed on any.
             Disagreement: on every rank: they have not skipped as many steps.
         """
-        return _Word(self, skipped_steps)
+        failure: UserError | OSError | None = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            failure = error
+        self._speak(failure, skipped_steps)
 
-    def part_of_evaluation(self, skipped_steps: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def part_of_evaluation(self, skipped_steps: int) -> Iterator[None]:
         """The same for a part of an evaluation.
 
         Raises:
             Interrupted: on every rank: the run is to stop.
         """
-        return _Word(self, skipped_steps, may_interrupt=True)
+        with self.word(skipped_steps):
+            yield
+        if self.stop:
+            raise Interrupted
 
-    def speak(self, error: UserError | OSError | None, skipped_steps: int) -> None:
+    def _speak(self, error: UserError | OSError | None, skipped_steps: int) -> None:
         """Tell the others what this rank knows, and take over what any of them does."""
         now = self._now()
         if self._spoken is not None:
@@ -96,21 +105,6 @@ class ControlWord:
         if save:
             self.save = True
             self.requests.granted(save=True)
-
-
-class _Word(AbstractContextManager[None]):
-    def __init__(self, control: ControlWord, skipped_steps: int, *, may_interrupt: bool = False) -> None:
-        self._control, self._skipped_steps, self._may_interrupt = control, skipped_steps, may_interrupt
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Exchange the word; an error that is no UserError or OSError passes through and ends the launch."""
-        if error is not None and not isinstance(error, UserError | OSError):
-            return
-        self._control.speak(error, self._skipped_steps)
-        if self._may_interrupt and self._control.stop:
-            raise Interrupted
 
 
 def _disagreement(skipped_steps: int) -> Disagreement:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hopescale.metrics.recorder import Recorder
 
-from .goodput import USEFUL, Goodput
+from .goodput import Goodput, useful_share
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,9 @@ def record_survival(recorder: Recorder, account: Goodput, folder: Path, failed_s
     seconds = account.seconds()
     for kind, spent in seconds.items():
         recorder.set("goodput_seconds_total", spent, kind=kind)
-    recorder.set("goodput_ratio", seconds[USEFUL] / sum(seconds.values()))
+    goodput = useful_share(seconds)
+    if goodput is not None:
+        recorder.set("goodput_ratio", goodput)
     recorder.set("restarts_total", account.history.restarts)
     recorder.set("preemptions_total", account.history.preemptions)
     recorder.set("checkpoint_failures_total", failed_saves)

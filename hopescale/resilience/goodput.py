@@ -32,6 +32,7 @@ from typing import Any
 
 from hopescale.errors import UserError
 from hopescale.metrics.reliability_metrics import TIME_CLASSES
+from hopescale.process_start import seconds_after_boot
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ class History:
     @property
     def goodput(self) -> float | None:
         """Share of the time that went into steps that count; None before any has passed."""
-        total = sum(self.seconds.values())
-        return self.seconds[USEFUL] / total if total > 0 else None
+        return useful_share(self.seconds)
 
     def add(self, told: Mapping[str, Any]) -> None:
         """Count a line."""
@@ -79,6 +79,12 @@ class History:
         self.step = max(self.step, told["step"])
         self.starts += told["event"] == "start"
         self.preemptions += told["event"] == "preempted"
+
+
+def useful_share(seconds: Mapping[str, float]) -> float | None:
+    """Goodput of the time by class; None before any has passed."""
+    total = sum(seconds.values())
+    return seconds[USEFUL] / total if total > 0 else None
 
 
 def read_history(path: Path) -> History:
@@ -227,9 +233,6 @@ def _append_line(path: Path, told: dict[str, Any]) -> None:
 def process_age() -> float:
     """Seconds since this process was started, where Linux says so, else 0."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, float(Path("/proc/uptime").read_text().split()[0]) - seconds_after_boot("self"))
     except OSError:
         return 0.0
-    # The 22nd field of all is the start, in clock ticks since the machine's.
-    return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
 
-logger = logging.getLogger(__name__)
-
+FILES = ("stop", "save")
+"""By which a run can be asked, in its folder."""
 POLL_SECONDS = 1.0
 """Least time between two looks at the files: a look at a file of a busy server can take milliseconds."""
 
@@ -45,12 +44,10 @@ class StopRequests(AbstractContextManager["StopRequests"]):
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self, folder: Path | None, ends_at: float | None = None) -> None:
-        self._stop_file = None if folder is None else folder / "stop"
-        self._save_file = None if folder is None else folder / "save"
-        self._ends_at = ends_at
+        self._folder, self._ends_at = folder, ends_at
         self._signalled = False
         self._looked = -POLL_SECONDS
-        self._found = (False, False)
+        self._found: set[str] = set()
         self._earlier: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopRequests:
@@ -76,12 +73,12 @@ class StopRequests(AbstractContextManager["StopRequests"]):
         """What this process knows of; the end of the time is not among it."""
         if self._signalled:
             return Stop.SIGNAL
-        return Stop.FILE if self._look()[0] else Stop.NO
+        return Stop.FILE if self._is_asked_to("stop") else Stop.NO
 
     @property
     def save(self) -> bool:
         """Whether somebody wants a checkpoint."""
-        return self._look()[1]
+        return self._is_asked_to("save")
 
     @property
     def seconds_left(self) -> float:
@@ -90,16 +87,14 @@ class StopRequests(AbstractContextManager["StopRequests"]):
 
     def granted(self, *, stop: bool = False, save: bool = False) -> None:
         """Remove the files whose wish was granted, so that each counts once."""
-        for wanted, path in ((stop, self._stop_file), (save, self._save_file)):
-            if wanted and path is not None:
-                path.unlink(missing_ok=True)
-        self._found = (self._found[0] and not stop, self._found[1] and not save)
+        for name, wanted in (("stop", stop), ("save", save)):
+            if wanted and self._folder is not None:
+                (self._folder / name).unlink(missing_ok=True)
+                self._found.discard(name)
 
-    def _look(self) -> tuple[bool, bool]:
-        if self._stop_file is None or self._save_file is None:
-            return False, False
+    def _is_asked_to(self, name: str) -> bool:
         now = time.monotonic()
-        if now - self._looked >= POLL_SECONDS:
+        if self._folder is not None and now - self._looked >= POLL_SECONDS:
             self._looked = now
-            self._found = (self._stop_file.exists(), self._save_file.exists())
-        return self._found
+            self._found = {file for file in FILES if (self._folder / file).exists()}
+        return name in self._found

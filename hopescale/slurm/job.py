@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cache import write_json
 from hopescale.errors import ConfigError, Problem
 
 from .programs import job_state, slurm
+
+JOB_FILE = Path("slurm") / "job.json"
+"""In a run folder."""
 
 
 def requeue(run: Path) -> dict[str, Any]:
@@ -49,8 +53,19 @@ def job_of(run: Path) -> str:
     Raises:
         ConfigError: none was.
     """
-    path = run / "slurm" / "job.json"
-    if not path.is_file():
+    job = submitted_job(run)
+    if job is None:
         rule = "was not submitted by `hopescale slurm submit`"
         raise ConfigError(Problem("run", run, rule, "name the folder of a run that was"))
-    return str(json.loads(path.read_text())["job"])
+    return job
+
+
+def submitted_job(run: Path) -> str | None:
+    """The same, or None."""
+    path = run / JOB_FILE
+    return str(json.loads(path.read_text())["job"]) if path.is_file() else None
+
+
+def keep_job(run: Path, job: str) -> None:
+    """Remember the job that was submitted for a run."""
+    write_json(run / JOB_FILE, {"job": job})

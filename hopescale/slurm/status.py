@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from hopescale.errors import ConfigError, Problem, UserError
 from hopescale.resilience.goodput import read_history
 from hopescale.run_folder import RunFolder
 
-from .job import job_of
+from .job import submitted_job
 from .programs import job_state
 
 TAIL_BYTES = 1 << 20
@@ -32,8 +31,8 @@ def status(path: Path, *, ask_slurm: bool = True) -> dict[str, Any]:
     Raises:
         ConfigError: the folder is not one of a run.
     """
-    run = RunFolder(path)
-    if not run.path.is_dir() or not (run.status.is_file() or (path / "slurm" / "job.json").is_file()):
+    run, job = RunFolder(path), submitted_job(path)
+    if not run.status.is_file() and job is None:
         rule = "holds neither a run nor a job of one"
         raise ConfigError(Problem("run", path, rule, "name a run folder; `hopescale runs ls ROOT` lists them"))
     said, record, history = run.read_status(), _last_record(run.metrics), read_history(run.goodput)
@@ -41,7 +40,6 @@ def status(path: Path, *, ask_slurm: bool = True) -> dict[str, Any]:
     step = max(said.get("step", 0), record.get("step", 0))
     rate = record.get("clips_per_second")
     checkpoints = committed(run.checkpoints)
-    job = job_of(path) if (path / "slurm" / "job.json").is_file() else None
     return {
         "run": str(path),
         "state": _state(run, said),
@@ -79,14 +77,7 @@ def _state(run: RunFolder, said: dict[str, Any]) -> str:
         return "waiting"
     if said["state"] != "running":
         return said["state"]
-    try:
-        with (run.path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "running"
-    except FileNotFoundError:
-        return "crashed"
-    return "crashed"
+    return "running" if run.is_claimed else "crashed"
 
 
 def _ask(job: str) -> str:

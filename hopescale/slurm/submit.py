@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cache import write_bytes, write_json
+from data_pipeline.cache import write_bytes
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
 from hopescale.run_folder import make_run_folder
 
-from .job import job_of
+from .job import keep_job, submitted_job
 from .programs import job_state, slurm
 from .render import render, settings_file
 
-OVER = tuple(
-    ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED"]
+OVER = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"),
+    "PREEMPTED",
 )
+"""States of a job that has ended."""
 
 
 def submit(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def submit(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
     write_bytes(folder / "settings", settings.encode())
     write_bytes(folder / "job.sbatch", script.encode())
     job = slurm("sbatch", "--parsable", str(folder / "job.sbatch")).strip().partition(";")[0]
-    write_json(folder / "job.json", {"job": job})
+    keep_job(run, job)
     return {"job": job, "run": str(run), "script": str(folder / "job.sbatch")}
 
 
@@ -65,15 +66,13 @@ def check(config: Config) -> None:
         return
     nodes, ranks = config.cluster.nodes or 1, config.cluster.gpus_per_node or 1
     quiet = config.model_copy(update={"metrics": config.metrics.model_copy(update={"listen": "off"})})
-    for reader in preflight(quiet, replace(Launch(), world_size=nodes * ranks, local_world_size=ranks)):
+    for reader in preflight(quiet, Launch(world_size=nodes * ranks, local_world_size=ranks)):
         reader.close()
 
 
 def _refuse_second_job(run: Path) -> None:
-    if not (run / "slurm" / "job.json").is_file():
-        return
-    job = job_of(run)
-    state = job_state(job)
+    job = submitted_job(run)
+    state = None if job is None else job_state(job)
     if state is not None and not state.startswith(OVER):
         rule = f"its job {job} is not over ({state})"
         fix = f"wait for it, or end it: hopescale slurm cancel {os.path.relpath(run)}"

@@ -224,7 +224,6 @@ class PrometheusEndpoint:
         check_endpoint(config, host=host)
         folder.mkdir(parents=True, exist_ok=True)
         _remove_earlier(folder)
-        log_file.parent.mkdir(parents=True, exist_ok=True)
         address = _listen_host(config, host)
         process = _launch(folder, address, config, log_file)
         try:
@@ -243,9 +242,7 @@ class PrometheusEndpoint:
         if self._endpoint_file is None:
             return
         entry = {"host": self.host, "port": self.port, "node": socket.gethostname(), "url": self.url}
-        temporary = self._endpoint_file.with_name(self._endpoint_file.name + ".tmp")
-        temporary.write_text(json.dumps(entry) + "\n")
-        os.replace(temporary, self._endpoint_file)
+        write_bytes(self._endpoint_file, (json.dumps(entry) + "\n").encode())
 
     def close(self) -> None:
         """Ends the sidecar and withdraws the endpoint file; may be called twice."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hmac
 import json
+import math
 import os
 import select
 import signal
@@ -202,7 +203,7 @@ def _ignore_job_signals() -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _wait_for_parent(parent: int, seconds: float = PARENT_CHECK_SECONDS) -> bool:
+def _wait_for_parent(parent: int, seconds: float = math.inf) -> bool:
     """Whether the time passes before standard input closes, or the parent is gone but a fork of it holds the pipe."""
     until = time.monotonic() + seconds
     while os.getppid() == parent:
@@ -268,8 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, name="scrapes", daemon=True).start()
     _report(host=host, port=port)
-    while _wait_for_parent(parent, 60.0):
-        pass
+    _wait_for_parent(parent)
     server.server_close()
     return 0
 
