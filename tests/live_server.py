@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
+from tests.user_process import DIES_WITH_US
+
 Found = TypeVar("Found")
 
 _LISTENING = re.compile(r'msg="Listening on" address=(\S+)')
@@ -34,8 +36,7 @@ class LiveServer:
         self.name, self.folder, self.log = name, folder, folder / f"{name.lower()}.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                # A test that is killed takes it along.
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                [*DIES_WITH_US, *command],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

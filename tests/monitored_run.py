@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.user_process import ENVIRONMENT
+from tests.user_process import DIES_WITH_US, ENVIRONMENT
 
 DISK_BYTES = 48 << 20
 IN_ITS_OWN_WORLD = ("unshare", "--mount", "--pid", "--mount-proc", "--propagation", "private", "--kill-child=KILL")
@@ -57,7 +57,7 @@ class MonitoredRun:
         command = [*IN_ITS_OWN_WORLD, "bash", "-c", mounted, str(run_dir), *launcher, *settings, f"run.dir={run_dir}"]
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                [*DIES_WITH_US, *command],
                 env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

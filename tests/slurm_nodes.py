@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.user_process import DIES_WITH_US
+
 SCRIPT = Path(__file__).resolve().parent / "integration" / "slurm_cluster.sh"
 FINAL_STATES = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"}
 """How a job can end for good."""
@@ -93,7 +95,7 @@ class SlurmNodes:
         command = ["bash", str(SCRIPT), "hold", str(self.folder), str(len(self.names))]
         with complaints.open("w") as stderr:
             self._holder = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                [*DIES_WITH_US, *command],
                 env={**_environment(), **self._settings},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

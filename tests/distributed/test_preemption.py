@@ -7,38 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.shard import shard
 from tests.conftest import REPO_ROOT, Torchrun
-from tests.feature_folders import write_features
 from tests.interruptions import curve, final_state
+from tests.small_run import SMALL_MODEL, pack_small_data
 
 pytestmark = [pytest.mark.distributed, pytest.mark.requires("2ranks")]
 
 PROGRAM = REPO_ROOT / "tests" / "interruptions.py"
-SETTINGS = (
-    "model.encoder_dim=16",
-    "model.grid=[2,3]",
-    "model.frames=5",
-    "model.width=24",
-    "model.block_pattern=[S,H]",
-    "model.memory.heads=2",
-    "model.attention.heads=2",
-    "objective.jump_horizons=2",
-    "train.global_batch=4",
-    "train.steps=6",
-    "train.eval_every=2",
-    "metrics.every=1",
-    "metrics.listen=off",
-    "metrics.tensorboard=false",
-)
+SETTINGS = (*SMALL_MODEL, "train.eval_every=2", "metrics.listen=off", "metrics.tensorboard=false")
 
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random clips of 6 tokens and 16 channels, 5 or 4 frames long."""
-    root = tmp_path_factory.mktemp("small")
-    shard(write_features(root / "features"), root / "data", clips_per_shard=4)
-    return root / "data"
+    return pack_small_data(tmp_path_factory.mktemp("small"))
 
 
 def test_a_signal_to_one_rank_stops_all_in_the_same_evaluation(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.shard import shard
-from tests.feature_folders import write_features
 from tests.slurm_nodes import SlurmNodes
+from tests.small_run import SMALL_MODEL, pack_small_data
 from tests.user_process import run_as_user
 
 
@@ -28,30 +27,13 @@ def hopescale(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random clips of 6 tokens and 16 channels, 5 or 4 frames long."""
-    root = tmp_path_factory.mktemp("small")
-    shard(write_features(root / "features"), root / "data", clips_per_shard=4)
-    return root / "data"
+    return pack_small_data(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
 def small_run(small_data: Path, tmp_path: Path) -> list[str]:
     """Settings that train a tiny model on the small data."""
-    return [
-        f"data.path={small_data}",
-        f"run.dir={tmp_path / 'run'}",
-        "model.encoder_dim=16",
-        "model.grid=[2,3]",
-        "model.frames=5",
-        "model.width=24",
-        "model.block_pattern=[S,H]",
-        "model.memory.heads=2",
-        "model.attention.heads=2",
-        "objective.jump_horizons=2",
-        "train.global_batch=4",
-        "train.steps=6",
-        "metrics.every=1",
-        "metrics.port=0",
-    ]
+    return [*SMALL_MODEL, f"data.path={small_data}", f"run.dir={tmp_path / 'run'}", "metrics.port=0"]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by install_*.sh. Gives install_programs, which installs with apt-get, only what is missing, and starts no service.
 
-# install_programs PROGRAM:PACKAGE...: packages as Debian and Ubuntu name them. Does nothing where all programs are there.
+# install_programs PROGRAM:PACKAGE...: packages as Debian and Ubuntu name them; a path of a file may take a program's place.
+# Does nothing where all are there.
 # Ends the script otherwise: with 0 once they are, 2 when they cannot be installed from here (not root, no apt-get), 1 when
 # apt-get failed.
 install_programs() {
@@ -20,12 +21,19 @@ install_programs() {
 
 say() { printf '[%s] %s\n' "$(basename "$0" .sh)" "$*" >&2; }
 
+is_there() {
+  case $1 in
+  /*) [ -e "$1" ] ;;
+  # Daemons live in /usr/sbin, which is not on everybody's PATH.
+  *) PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null ;;
+  esac
+}
+
 # The packages of programs that are not there, one a line.
 missing_packages() {
   local need
   for need in "$@"; do
-    # Daemons live in /usr/sbin, which is not on everybody's PATH.
-    PATH=$PATH:/usr/sbin:/sbin command -v "${need%%:*}" >/dev/null || printf '%s\n' "${need##*:}"
+    is_there "${need%%:*}" || printf '%s\n' "${need##*:}"
   done | sort -u
 }
 

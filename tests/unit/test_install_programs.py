@@ -22,12 +22,13 @@ def test_nothing_happens_where_all_is_there(tmp_path: Path) -> None:
 def test_where_nothing_can_be_installed_it_says_what_is_missing(tmp_path: Path) -> None:
     for program in ("basename", "dirname", "id", "sort"):
         (tmp_path / program).symlink_to(shutil.which(program) or program)
-    missing = {"here": "sh", "gone": "no-such-program-of-anybody"}
+    missing = {"here": "sh", "gone": "no-such-program-of-anybody", "hosts": "/etc/hosts", "lost": "/etc/no-such-file"}
     script = tmp_path / "install_things.sh"
     needs = " ".join(f"{program}:package-of-{name}" for name, program in missing.items())
     script.write_text(f'source "{INTEGRATION}/install_programs.sh"\ninstall_programs {needs}\n')
     (tmp_path / "sh").symlink_to(shutil.which("sh") or "sh")
     ended = run_as_user(["env", f"PATH={tmp_path}", BASH, str(script)], tmp_path)
     assert ended.returncode == 2
-    said = "missing: package-of-gone. Install them as root, for example: apt-get install --no-install-recommends"
-    assert ended.stderr == f"[install_things] {said} package-of-gone\n"
+    packages = "package-of-gone package-of-lost"
+    said = "Install them as root, for example: apt-get install --no-install-recommends"
+    assert ended.stderr == f"[install_things] missing: {packages}. {said} {packages}\n"

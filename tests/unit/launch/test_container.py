@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import hopescale
+from tests.stand_ins import write_program
 from tests.user_process import REPO_ROOT
 
 DOCKERFILE = (REPO_ROOT / "Dockerfile").read_text()
@@ -34,12 +36,6 @@ def programs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def install(programs: Path, name: str, *lines: str) -> None:
-    program = programs / name
-    program.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    program.chmod(0o755)
-
-
 def test_the_version_on_the_label_is_the_package_s() -> None:
     assert re.findall(r"^ARG VERSION=(.*)$", DOCKERFILE, flags=re.MULTILINE) == [hopescale.__version__]
 
@@ -47,6 +43,17 @@ def test_the_version_on_the_label_is_the_package_s() -> None:
 def test_the_image_takes_the_torch_that_the_package_asks_for() -> None:
     asked = re.findall(r'"(torch[^"]*)",', (REPO_ROOT / "pyproject.toml").read_text())
     assert re.findall(r"'(torch>[^']*)'", DOCKERFILE) == asked
+
+
+def test_all_that_the_package_is_made_of_reaches_the_build() -> None:
+    wheel = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    sources = {*wheel["packages"], *wheel["force-include"]}
+    stages = DOCKERFILE.split("\nFROM ")
+    copied = {
+        word for line in re.findall(r"^COPY (?!--)(.*) \S+$", stages[1], flags=re.MULTILINE) for word in line.split()
+    }
+    assert sources <= copied
+    assert sources <= {line[1:] for line in (REPO_ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,7 @@ def test_the_image_takes_the_torch_that_the_package_asks_for() -> None:
 def test_build_calls_the_engine_that_is_there(
     programs: Path, engine: str, device: str, begins: str, cuda: str, tag: str
 ) -> None:
-    install(programs, engine, 'echo "$@"')
+    write_program(programs, engine, 'echo "$@"')
     ended = run("build.sh", [device, "--no-cache"], programs)
     assert ended.returncode == 0, ended.stderr
     ends = rf"--build-arg CUDA={cuda} --build-arg REVISION=([0-9a-f]{{40}}(-dirty)?|unknown) -t {tag} --no-cache \."
@@ -95,7 +102,7 @@ def test_build_says_what_is_wrong(programs: Path, arguments: list[str], variable
     ],
 )
 def test_pin_asks_for_the_name_with_its_registry(programs: Path, image: list[str], full: str) -> None:
-    install(programs, "docker", f'[ "$6" = {full} ] && echo {DIGEST}')
+    write_program(programs, "docker", f'[ "$6" = {full} ] && echo {DIGEST}')
     ended = run("pin.sh", image, programs)
     assert (ended.returncode, ended.stdout) == (0, f"BASE_IMAGE={full}@{DIGEST}\n"), ended.stderr
 
@@ -113,7 +120,7 @@ def test_pin_asks_for_the_name_with_its_registry(programs: Path, image: list[str
 )
 def test_pin_prints_a_digest_or_says_why_not(programs: Path, arguments: list[str], engine: str, said: str) -> None:
     if engine:
-        install(programs, "docker", engine)
+        write_program(programs, "docker", engine)
     ended = run("pin.sh", arguments, programs)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert said in ended.stderr

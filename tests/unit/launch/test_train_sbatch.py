@@ -7,11 +7,13 @@ import os
 import random
 import shlex
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.stand_ins import write_program
 from tests.user_process import REPO_ROOT
 
 SCRIPT = REPO_ROOT / "launch" / "slurm" / "train.sbatch"
@@ -27,9 +29,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def program(folder: Path, name: str, does: str = "") -> None:
-    path = folder / name
-    path.write_text(f'#!/bin/bash\nprintf \'%s\\n\' "{name} $*" >>"$CALLS"\n{does}\n')
-    path.chmod(0o755)
+    write_program(folder, name, f'printf \'%s\\n\' "{name} $*" >>"$CALLS"', does)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def job(programs: Path, tmp_path: Path) -> Job:
         )
         program(programs, "srun", f"{srun}\n{told}")
         program(programs, "scontrol", "case $1 in show) echo n1 ;; esac")
-        program(programs, "squeue")
+        if not (programs / "squeue").exists():
+            program(programs, "squeue")
         if not (programs / "getent").exists():
             program(programs, "getent", "echo 10.0.0.1 STREAM n1")
         environment = {
@@ -146,6 +147,21 @@ def test_a_job_that_is_not_to_go_on_is_not_requeued(job: Job, tmp_path: Path, ho
     env = {"HOPESCALE_REQUEUE": "0"} if how == "by the setting" else {}
     assert job(outcome=status("preempted", 75), env=env).returncode == 75
     assert "scontrol requeue 42" not in calls(tmp_path, "scontrol")
+
+
+@pytest.mark.parametrize(
+    ("state", "ends_in", "requeued"),
+    [("COMPLETING", 100, False), ("COMPLETING", -1, True), ("RUNNING", 100, True), ("", 100, True)],
+)
+def test_a_job_that_slurm_ends_before_its_time_does_not_take_itself_back(
+    job: Job, programs: Path, tmp_path: Path, state: str, ends_in: int, requeued: bool
+) -> None:
+    program(programs, "squeue", f"echo {state}")
+    env = {"SLURM_JOB_END_TIME": str(int(time.time()) + ends_in)}
+    ended = job(outcome=status("preempted", 75), env=env)
+    assert ended.returncode == 75
+    assert ("scontrol requeue 42" in calls(tmp_path, "scontrol")) == requeued
+    assert ("is being ended from outside: not requeued" in ended.stderr) != requeued
 
 
 def test_crashes_without_a_checkpoint_between_them_spend_the_budget(job: Job, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hopescale.errors import ConfigError, UserError
 from hopescale.run_folder import Attempt, RunFolder
 from hopescale.slurm import submit as submit_module
 from hopescale.slurm.status import runs, status
+from tests.stand_ins import write_program
 
 
 @pytest.fixture
@@ -27,8 +28,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def program(folder: Path, name: str, does: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\nprintf '%s\\n' \"{name} $*\" >>calls\n{does}\n")
-    (folder / name).chmod(0o755)
+    write_program(folder, name, f"printf '%s\\n' \"{name} $*\" >>calls", does)
 
 
 def call(*arguments: str) -> str:
