@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs into .venv, then runs lint, types, unit, distributed and integration tests, and prints a table.
+# Installs into .venv, then runs lint, types and all tests, and prints a table. As root on Debian or Ubuntu it also installs
+# the programs that tests of Slurm, monitoring and the image talk to, with apt-get; without root those tests are skipped.
 #
 #   launch/test.sh [--full] [--stage NAME]... [--] [PYTEST ARGUMENTS]
 #
 #   --full         also the tests marked slow
-#   --stage NAME   only this stage (install always runs): lint, types, unit, distributed, integration
+#   --stage NAME   only this stage (install always runs): lint, types, unit, distributed, integration, slurm, monitoring, image
 # Other arguments go to pytest. A path or node id among them replaces the test stages: `launch/test.sh tests/unit/test_house.py -k lines`.
 # Exit code: 0 when every stage passed, 1 otherwise. Budgets are reported, never enforced.
 # shellcheck disable=SC2329 # stages are called by name
@@ -14,7 +15,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
 REPORTS=$REPO_ROOT/.test-reports
-STAGES=(lint types unit distributed integration)
+STAGES=(lint types unit distributed integration slurm monitoring image)
+INTEGRATION=tests/integration
 
 usage() { sed -n '2,/^# Exit code/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
@@ -24,7 +26,9 @@ budget_seconds() {
   lint | types) echo 60 ;;
   unit) echo 120 ;;
   distributed) echo 420 ;;
-  integration) echo 240 ;;
+  integration | image) echo 240 ;;
+  slurm) echo 300 ;;
+  monitoring) echo 180 ;;
   *) echo - ;;
   esac
 }
@@ -64,7 +68,7 @@ if [ ${#selected[@]} = 0 ]; then
   if [ "$selects_paths" = 1 ]; then
     selected=(selection)
   elif [ "$selects_tests" = 1 ]; then
-    selected=(unit distributed integration)
+    selected=(unit distributed integration slurm monitoring image)
   else
     selected=("${STAGES[@]}")
   fi
@@ -73,7 +77,22 @@ fi
 # A shell of its own, because errexit is off inside whatever is tested by || or if.
 install() {
   # shellcheck disable=SC2016 # expanded by that shell
-  bash -c 'source "$1" && prepare_environment demo dev' install "$REPO_ROOT/launch/environment.sh"
+  bash -c 'source "$1" && prepare_environment demo dev' install "$REPO_ROOT/launch/environment.sh" || return
+  [ "$selects_tests" = 1 ] || install_programs
+}
+
+# What the selected stages need beside Python. Their tests are skipped where it cannot be installed, which is code 2.
+install_programs() {
+  local stage code
+  for stage in "${selected[@]}"; do
+    code=0
+    case $stage in
+    slurm) bash "$INTEGRATION/install_slurm.sh" || code=$? ;;
+    monitoring) bash "$INTEGRATION/install_prometheus.sh" || code=$? ;;
+    image) bash "$INTEGRATION/install_image_tools.sh" || code=$? ;;
+    esac
+    [ "$code" = 0 ] || [ "$code" = 2 ] || return "$code"
+  done
 }
 
 lint() {
@@ -81,21 +100,22 @@ lint() {
   "$VENV/bin/ruff" check . || failed=1
   "$VENV/bin/ruff" format --check . || failed=1
   "$VENV/bin/lint-imports" || failed=1
-  "$VENV/bin/shellcheck" -x launch/*.sh .ci/run || failed=1
+  "$VENV/bin/shellcheck" -x .ci/run launch/*.sh launch/*/*.{sh,sbatch} tests/*/*.sh tests/integration/*/*.sh || failed=1
+  "$VENV/bin/hadolint" Dockerfile || failed=1
   return "$failed"
 }
 
 # Without the variable pyright asks a registry whether it is the newest.
 types() { PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$VENV/bin/pyright" --pythonpath "$VENV/bin/python"; }
 
-# run_pytest STAGE FOLDER; paths on the command line take the place of FOLDER
+# run_pytest STAGE PATH [PYTEST ARGUMENTS]; paths on the command line take the place of all of that
 run_pytest() {
   local stage=$1 code=0
   shift
   if [ "$selects_paths" = 1 ]; then
     set --
-  elif [ ! -d "$1" ]; then
-    echo "stage $stage: the folder $1 does not exist" >&2
+  elif [ ! -e "$1" ]; then
+    echo "stage $stage: $1 does not exist" >&2
     return 1
   fi
   "$VENV/bin/python" -m pytest "$@" --junitxml="$REPORTS/$stage.xml" ${marker[@]+"${marker[@]}"} \
@@ -113,7 +133,14 @@ run_pytest() {
 # Unit tests need no second process each, so two of them run at a time.
 unit() { run_pytest unit tests/unit -n 2; }
 distributed() { run_pytest distributed tests/distributed; }
-integration() { run_pytest integration tests/integration; }
+integration() {
+  run_pytest integration "$INTEGRATION" --ignore-glob="*/test_slurm*" --ignore="$INTEGRATION/test_monitoring.py" \
+    --ignore="$INTEGRATION/test_dashboards.py" --ignore="$INTEGRATION/test_image.py"
+}
+slurm() { run_pytest slurm "$INTEGRATION"/test_slurm*.py; }
+monitoring() { run_pytest monitoring "$INTEGRATION/test_dashboards.py" "$INTEGRATION/test_monitoring.py"; }
+# Building takes longer than a test may otherwise be silent.
+image() { run_pytest image "$INTEGRATION/test_image.py" -o faulthandler_timeout=900; }
 selection() { run_pytest selection tests; }
 
 rm -rf "$REPORTS"
@@ -149,6 +176,18 @@ skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
 print(f"{total['tests'] - failed - total['skipped']} passed, {failed} failed{skipped}")
 PYTHON
 }
+
+# A line for each test that was skipped, with the reason.
+print_skipped() {
+  "$VENV/bin/python" - "$REPORTS" <<'PYTHON'
+import pathlib, sys, xml.etree.ElementTree as ET
+cases = [case for report in pathlib.Path(sys.argv[1]).glob("*.xml") for case in ET.parse(report).getroot().iter("testcase")]
+skipped = [f"{case.get('classname')}::{case.get('name')}: {case.find('skipped').get('message')}"
+           for case in cases if case.find("skipped") is not None]
+print("\nskipped:", *skipped or ["nothing"], sep="\n  ")
+PYTHON
+}
+! compgen -G "$REPORTS/*.xml" >/dev/null || print_skipped
 
 printf '\n%-14s %8s %8s  %s\n' stage seconds budget result
 while IFS=$'\t' read -r stage seconds budget result; do
