@@ -77,6 +77,8 @@ class Trainer:
     def run(self) -> Outcome:
         """Train until the run or this job ends, with a checkpoint of the last step."""
         self.account.enter("other")
+        self.count()
+        self.recorder.announce()
         if self.state.unscored:
             self.score()
         for batches in self.batches():
@@ -165,6 +167,12 @@ class Trainer:
             raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
         return result
 
+    def settle(self) -> None:
+        """Let the device finish its steps, before something that waits for it anyway and whose time this is not."""
+        if self.device.type == "cuda":
+            with self.account.settling():
+                torch.cuda.synchronize(self.device)
+
     def report_skipped(self, batches: StepBatches) -> None:
         """Log which of this rank's clips a skipped step consumed."""
         keys = [key for clips in batches.micro for key, w in zip(clips.keys, clips.weights, strict=True) if w > 0]
@@ -198,15 +206,13 @@ class Trainer:
 
     def log(self) -> None:
         """Reduce and publish everything recorded since the last log step; the curriculum learns what all ranks know."""
+        self.settle()
         window = None if self.state.step == self.logged_step else self.clock.take()
         if window is None:
             return
         recorder, state = self.recorder, self.state
         self.logged_step = state.step
-        recorder.set("planned_steps", self.config.train.steps)
-        recorder.set("attempted_steps_total", state.attempted_steps)
-        recorder.set("nonfinite_steps_total", state.skipped_steps)
-        recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
+        self.count()
         recorder.set("train_seconds_total", self.clock.total_seconds)
         recorder.record_window(window)
         objective, frames = self.curriculum.objective, self.data.frames
@@ -218,14 +224,23 @@ class Trainer:
         recorder.set("curriculum_phase", state.curriculum.phase)
         for branch, weight in self.curriculum.objective.weights.items():
             recorder.set("objective_weight", weight, kind=branch)
-        record_survival(recorder, self.account, self.attempt.run.path, self.failed_saves, self.world_size)
         figures = recorder.flush(state.step)
         self.account.tell(state.step)
         if "curriculum_surprise" in figures:
             self.curriculum.see(state.step, figures["curriculum_surprise"])
 
+    def count(self) -> None:
+        """Set what is known of the whole run at any moment."""
+        recorder, state = self.recorder, self.state
+        recorder.set("planned_steps", self.config.train.steps)
+        recorder.set("attempted_steps_total", state.attempted_steps)
+        recorder.set("nonfinite_steps_total", state.skipped_steps)
+        recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
+        record_survival(recorder, self.account, self.attempt.run.path, self.failed_saves, self.world_size)
+
     def score(self) -> None:
         """Evaluate on held-out clips, and count evaluations without a gain; cut off where the run is to stop."""
+        self.settle()
         with self.clock.paused(), self.account.spending(USEFUL):
             try:
                 skills = self.evaluate()
@@ -253,6 +268,7 @@ class Trainer:
         self.control.save = False
         if self.saved_step == self.state.step:
             return
+        self.settle()
         with self.clock.paused(), self.account.spending("save"):
             began = time()
             self.state.data = place_in_data(self.data, self.state, self.config)

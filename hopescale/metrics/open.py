@@ -92,8 +92,7 @@ def _serve_node(config: Config, attempt: Attempt, launch: Launch, folder: Path, 
     assert endpoint is not None
     stack.enter_context(endpoint)
     if config.metrics.discovery is not None:
-        entry = DiscoveryEntry(Path(config.metrics.discovery), endpoint.target, named, node_rank)
-        stack.enter_context(closing(entry))
+        stack.enter_context(DiscoveryEntry(Path(config.metrics.discovery), endpoint.target, named, node_rank))
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

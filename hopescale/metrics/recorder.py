@@ -236,6 +236,15 @@ class Recorder:
             self._give(sink, step, kind, flat, now)
         return flat
 
+    def announce(self) -> None:
+        """Shows Prometheus what `set` was told of the whole run before the first log step, which publishes it again.
+
+        A counter that is first seen with what it has already counted has not risen, and no alert fires.
+        """
+        if self._rank == 0:
+            self._take_latest(self._global)
+        self._write_rank_file(self._now())
+
     def close(self) -> None:
         """Closes the sinks and the rank file; the file's last content stays readable."""
         for sink in self._sinks:
@@ -317,15 +326,18 @@ class Recorder:
         if self._rank == 0:
             if kind == "train":
                 self._latest["step", ()] = step
-            for (key, label), value in values.items():
-                metric = by_key(key)
-                if metric.reduction != "rank":
-                    labels = ((metric.labels[0], label or "all"),) if metric.labels else ()
-                    self._latest[key, labels] = value
+            self._take_latest(values)
         for (key, _), value in own.items():
             if by_key(key).reduction == "rank":
                 self._latest[key, (("rank", str(self._rank)),)] = value
         self._write_rank_file(now)
+
+    def _take_latest(self, values: Mapping[_Slot, float]) -> None:
+        for (key, label), value in values.items():
+            metric = by_key(key)
+            if metric.reduction != "rank":
+                labels = ((metric.labels[0], label or "all"),) if metric.labels else ()
+                self._latest[key, labels] = value
 
     def _write_rank_file(self, now: float) -> None:
         if self._rank_file is not None:

@@ -5,12 +5,13 @@ Every second from the start of the first process to the last line belongs to exa
     init          starting Python, opening data, building the model, joining the other ranks
     load          finding, verifying and loading the checkpoint that a run goes on from
     compile       the first step of an incarnation, which compiles, allocates and connects
-    step          steps that count, and evaluations
+    step          steps that count, as long as they usually are, and evaluations
     lost_step     steps that were skipped, and steps that an earlier incarnation had done and nothing kept
-    data_wait     waiting for the next batch
+    data_wait     waiting for the next batch, until the slowest rank has it
     save          waiting for a checkpoint
     restart_gap   from the last line of an incarnation to the start of the next: queues, and what a crash left unsaid
-    other         logging, and everything nobody named
+    other         logging, what a step takes beyond the median where it takes ten times as long (something stood
+                  still), and everything nobody named
 
 Goodput is the share of `step`. Within an incarnation a monotonic clock counts; only gaps go by wall clocks, and one
 that would be negative counts as nothing.
@@ -23,11 +24,12 @@ import json
 import logging
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hopescale.errors import UserError
@@ -37,6 +39,12 @@ from hopescale.process_start import seconds_after_boot
 logger = logging.getLogger(__name__)
 
 USEFUL = "step"
+STALL_FACTOR = 10.0
+"""A step that takes so many times the median stood still for what is beyond."""
+STALL_LEAST_SECONDS = 1.0
+"""Less is no stall, however short steps are."""
+STEPS_REMEMBERED, STEPS_TO_KNOW = 64, 8
+"""The median is of the last so many steps; of fewer nothing is known."""
 
 
 @dataclass
@@ -128,6 +136,8 @@ class Goodput:
         """What the last line will say."""
         self._open: defaultdict[str, float] = defaultdict(float)
         self._done_before, self._fresh = self.history.step, True
+        self._last_step: str = "other"
+        self._usual: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         if self.history.until is not None:
             gap = max(0.0, self._started - self.history.until)
             # Also where the clock has gone back: time that was told of once is not told of again.
@@ -164,9 +174,15 @@ class Goodput:
         try:
             yield taken
         finally:
-            self._fresh = False
+            if not self._fresh:
+                self._charge_stall()
+            self._fresh, self._last_step = False, kind
             self._charge(kind)
             self._kind = before
+
+    def settling(self) -> AbstractContextManager[None]:
+        """A block of waiting for the device, which may lag behind the host with what it was given to do in steps."""
+        return self.spending(self._last_step)
 
     def seconds(self) -> Mapping[str, float]:
         """Of all incarnations, by class, up to now."""
@@ -196,6 +212,16 @@ class Goodput:
             self.tell(step(), "failed")
             raise
         self.tell(step(), self.outcome)
+
+    def _charge_stall(self) -> None:
+        """Take from a step's time what no step usually takes."""
+        taken = self._now() - self._since
+        usual = median(self._usual) if len(self._usual) >= STEPS_TO_KNOW else taken
+        if taken > max(STALL_FACTOR * usual, usual + STALL_LEAST_SECONDS):
+            self._open["other"] += taken - usual
+            self._since += taken - usual
+        # Steps that have become that long for good are soon the usual ones.
+        self._usual.append(taken)
 
     def _charge(self, kind: str) -> None:
         now = self._now()

@@ -1,7 +1,7 @@
 """A node's entry in Prometheus' file-based service discovery, there exactly as long as the node's run is meant to live.
 
-Alerts go by it: while there is an entry there is an `up` of 0 or 1, so a node that has died is noticed, and one whose
-run has ended in order is not.
+Alerts go by it: while there is an entry there is an `up` of 0 or 1, so a node or a run that has died is noticed, and
+one that has ended in order is not. What a crash leaves is the next start's, the job script's or the user's to remove.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from data_pipeline.cache import write_bytes
+from hopescale.errors import UserError
 
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -53,6 +56,13 @@ class DiscoveryEntry:
         # Prometheus runs as another user, and there is no secret in it.
         self.path.chmod(0o644)
 
-    def close(self) -> None:
-        """Take the entry away; may be called twice."""
-        self.path.unlink(missing_ok=True)
+    def __enter__(self) -> Self:
+        """The entry is there since it was made."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the entry away, unless the run crashes: it was meant to live on, and somebody is to be told."""
+        if error is None or isinstance(error, UserError):
+            self.path.unlink(missing_ok=True)

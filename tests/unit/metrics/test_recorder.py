@@ -339,6 +339,19 @@ def test_identity_is_exported_before_the_first_step_and_is_no_record(tmp_path: P
     assert sink.closed
 
 
+def test_counters_are_exported_before_the_first_step_so_that_what_comes_then_is_a_rise(tmp_path: Path):
+    sink = ListSink()
+    recorder = Recorder([sink], rank=0, world_size=1, all_reduce=None, rank_file=RankFile(tmp_path, 0))
+    recorder.set("nonfinite_steps_total", 0)
+    recorder.announce()
+    record = read_rank_file(tmp_path / "rank-00000.bin")
+    assert record is not None
+    assert record["samples"] == [["nonfinite_steps_total", {}, 0.0]]
+    assert not sink.records
+    recorder.set("nonfinite_steps_total", 3)
+    assert recorder.flush(1)["nonfinite_steps_total"] == 3
+
+
 def test_window_and_reader_statistics_reach_the_record():
     @dataclass(frozen=True)
     class Stats:

@@ -100,8 +100,11 @@ def test_classes_add_up_to_the_time_of_all_incarnations(
         passed += max(gap, 0.0)
         account = times.account(path, incarnation)
         for kind, seconds, told in spans:
-            with account.spending(kind):
-                times.pass_by(seconds)
+            if kind == "step":
+                step(account, times, 1, seconds)
+            else:
+                with account.spending(kind):
+                    times.pass_by(seconds)
             passed += seconds
             if told:
                 account.tell(0)
@@ -109,6 +112,34 @@ def test_classes_add_up_to_the_time_of_all_incarnations(
         # A clock that was set back has the next incarnation begin where this one ended.
         times.wall = max(times.wall, account.history.until or 0.0)
     assert sum(read_history(path).seconds.values()) == pytest.approx(passed, rel=1e-6, abs=1e-6)
+
+
+def test_a_step_in_which_everything_stood_still_is_useful_for_as_long_as_steps_usually_take(tmp_path: Path) -> None:
+    times = Times()
+    account = times.account(tmp_path / "goodput.jsonl")
+    account.enter("other")
+    # The first one, which compiles, is no measure of those after it.
+    step(account, times, 1, 60.0)
+    for number in range(2, 12):
+        step(account, times, number, 2.0)
+    step(account, times, 12, 19.0)
+    step(account, times, 13, 3600.0)
+    seconds = account.seconds()
+    assert (seconds["compile"], seconds["step"], seconds["other"]) == (60.0, 10 * 2.0 + 19.0 + 2.0, 3598.0)
+    with account.settling():
+        times.pass_by(5.0)
+    assert account.seconds()["step"] == seconds["step"] + 5.0
+
+
+def test_steps_that_have_become_longer_for_good_are_the_usual_ones_soon(tmp_path: Path) -> None:
+    times = Times()
+    account = times.account(tmp_path / "goodput.jsonl")
+    account.enter("other")
+    for number in range(1, 70):
+        step(account, times, number, 1.0)
+    for number in range(70, 170):
+        step(account, times, number, 30.0)
+    assert account.seconds()["other"] == pytest.approx(29.0 * 32, rel=0.05)
 
 
 def test_a_torn_line_is_passed_over_and_the_next_one_whole(tmp_path: Path) -> None:
