@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 
 import hopescale
+from hopescale.checkpoint.manifest import read_manifest
+from hopescale.checkpoint.staging import committed
+from tests.slurm_nodes import SlurmNodes
 from tests.user_process import REPO_ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.requires("image")]
@@ -312,16 +315,39 @@ def test_pin_finds_the_digest_that_a_registry_gives(machine: Machine, registry: 
     assert f"{engine} could not read {name}:2" in ended.stderr
 
 
-def test_it_becomes_one_file_that_keeps_its_variables(machine: Machine, tmp_path: Path, config: dict[str, Any]) -> None:
-    squashed = tmp_path / "hopescale.sqsh"
-    machine.succeed("unpack", IMAGE, str(squashed))
+@pytest.fixture(scope="module")
+def squashed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image as one file."""
+    file = tmp_path_factory.mktemp("squashed") / "hopescale.sqsh"
+    machine.succeed("unpack", IMAGE, str(file))
+    return file
+
+
+def test_as_one_file_it_keeps_its_variables(squashed: Path, config: dict[str, Any]) -> None:
     shown = subprocess.run(["unsquashfs", "-cat", str(squashed), "etc/environment"], capture_output=True, text=True)
     assert shown.stdout.splitlines() == config["Config"]["Env"]
 
 
-def test_the_stand_in_for_pyxis_compiles(tmp_path: Path) -> None:
-    compiled = tmp_path / "plugin.so"
-    script = REPO_ROOT / "tests" / "integration" / "container_plugin" / "compile.sh"
-    ended = subprocess.run(["bash", str(script), str(compiled)], capture_output=True, text=True, check=False)
+@pytest.mark.requires("slurm")
+def test_a_job_trains_in_it_on_two_nodes_under_a_stand_in_for_pyxis(
+    squashed: Path, demo: Path, runs: Path, tmp_path: Path
+) -> None:
+    compiled, run, data = tmp_path / "plugin.so", tmp_path / "run", runs / "data" / "demo" / "smoke"
+    compile_it = REPO_ROOT / "tests" / "integration" / "container_plugin" / "compile.sh"
+    ended = subprocess.run(["bash", str(compile_it), str(compiled)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert compiled.is_file()
+    env = {
+        "HOPESCALE_CONTAINER": str(squashed),
+        "HOPESCALE_MOUNTS": f"{data}:/data",
+        # Where no machine has one, so that only the image's own can have trained.
+        "HOPESCALE_PYTHON": "/opt/hopescale/bin/python",
+    }
+    settings = ["experiment=demo", "data.path=/data", "train.steps=3", "train.eval_every=0", "train.global_batch=4"]
+    settings += ["metrics.every=1", "metrics.listen=off", "parallel.device=cpu"]
+    with SlurmNodes(tmp_path / "cluster", nodes=2, spank_plugin=compiled) as nodes:
+        script = REPO_ROOT / "launch" / "slurm" / "train.sbatch"
+        job = nodes.submit("--nodes=2", script, run, *settings, env=env)
+        nodes.wait(job, "COMPLETED", timeout=240)
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 3)
+    assert read_manifest(committed(run / "checkpoints")[0])["world_size"] == 2

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.pixels.simulate import SimulationSpec, simulate
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.staging import committed
 from hopescale.resilience.goodput import read_history
-from tests.feature_folders import write_features
 from tests.interruptions import curve, final_state
 from tests.slurm_nodes import SlurmNodes
 from tests.user_process import REPO_ROOT
@@ -21,7 +21,7 @@ from tests.user_process import REPO_ROOT
 pytestmark = [pytest.mark.integration, pytest.mark.requires("slurm")]
 
 STEPS = 20
-"""Each of a quarter of a second where nobody else computes: time enough to strike at one of them."""
+"""Each of half a second where nobody else computes: a strike at one of them leaves enough of them to notice it."""
 START = 240
 """Seconds that a start may take: torch is imported twice a node, on a machine that others use."""
 
@@ -33,7 +33,7 @@ def settings(small_run: list[str]) -> list[str]:
         *(text for text in small_run if not text.startswith(("run.dir=", "train.", "model.width="))),
         f"train.steps={STEPS}",
         "checkpoint.every=4",
-        "model.width=256",
+        "model.width=128",
         "train.global_batch=12",
         "checkpoint.keep=100",
         "parallel.device=cpu",
@@ -186,13 +186,16 @@ def test_what_slurm_refuses_is_told_in_its_words(slurm, settings, tmp_path: Path
     assert "Traceback" not in refused.stderr
 
 
-def test_an_array_packs_a_data_set_in_parts(slurm: SlurmNodes, tmp_path: Path) -> None:
-    source, out = write_features(tmp_path / "features"), tmp_path / "data"
-    env = {"HOPESCALE_PYTHON": sys.executable}
-    script = REPO_ROOT / "launch" / "slurm" / "shard.sbatch"
-    array = slurm.submit("--array=0-2", script, source, out, "clips_per_shard=4", env=env)
+@pytest.mark.requires("demo")
+def test_arrays_encode_and_pack_a_data_set_in_parts(slurm: SlurmNodes, tmp_path: Path) -> None:
+    pixels, features, out = (tmp_path / name for name in ("pixels", "features", "data"))
+    simulate(SimulationSpec(partitions=("base",), num_train=5, num_heldout=2, frames=3, size=32), pixels)
+    script, env = REPO_ROOT / "launch" / "slurm" / "shard.sbatch", {"HOPESCALE_PYTHON": sys.executable}
+    encoded = slurm.submit("--array=0-1", script, pixels, features, env=env | {"HOPESCALE_DATA": "encode"})
+    packed = slurm.submit(f"--dependency=afterok:{encoded}", "--array=0-1", script, features, out, env=env)
     command = f"{sys.executable} -m hopescale.cli data merge {out}"
-    merge = slurm.submit(f"--dependency=afterok:{array}", f"--wrap={command}")
+    merge = slurm.submit(f"--dependency=afterok:{packed}", f"--wrap={command}")
     slurm.wait(merge, "COMPLETED", timeout=START)
+    assert json.loads((out / "manifest.json").read_text())["num_clips"] == 7
     checked = slurm.run(sys.executable, "-m", "hopescale.cli", "data", "verify", str(out), "level=full", timeout=60)
     assert checked.returncode == 0, checked.stdout
