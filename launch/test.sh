@@ -137,7 +137,8 @@ integration() {
   run_pytest integration "$INTEGRATION" --ignore-glob="*/test_slurm*" --ignore="$INTEGRATION/test_monitoring.py" \
     --ignore="$INTEGRATION/test_dashboards.py" --ignore="$INTEGRATION/test_image.py"
 }
-slurm() { run_pytest slurm "$INTEGRATION"/test_slurm*.py; }
+# Clusters wait more than they compute, and two of them do not meet.
+slurm() { run_pytest slurm "$INTEGRATION"/test_slurm*.py -n 2 --dist worksteal; }
 monitoring() { run_pytest monitoring "$INTEGRATION/test_dashboards.py" "$INTEGRATION/test_monitoring.py"; }
 # Building takes longer than a test may otherwise be silent.
 image() { run_pytest image "$INTEGRATION/test_image.py" -o faulthandler_timeout=900; }

@@ -21,6 +21,6 @@ bash tests/integration/install_slurm.sh
 installed=$SECONDS
 
 code=0
-HOPESCALE_REQUIRE=slurm "${TEST_PYTHON:-$VENV/bin/python}" -m pytest tests/integration/test_slurm*.py "$@" || code=$?
+HOPESCALE_REQUIRE=slurm "${TEST_PYTHON:-$VENV/bin/python}" -m pytest -n 2 --dist worksteal tests/integration/test_slurm*.py "$@" || code=$?
 printf 'slurm.sh: %d s to install, %d s to test\n' $((installed - start)) $((SECONDS - installed)) >&2
 exit "$code"

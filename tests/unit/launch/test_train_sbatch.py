@@ -186,6 +186,15 @@ def test_a_request_of_an_earlier_start_is_forgotten(job: Job, tmp_path: Path) ->
     assert not (tmp_path / "run" / "stop").exists()
 
 
+def test_a_job_that_is_cancelled_while_it_starts_is_told_so(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    for name in ("stop", "slurm/cancelled"):
+        (tmp_path / "run" / name).touch()
+    job(outcome=status("preempted", 75))
+    assert (tmp_path / "run" / "stop").exists()
+    assert "scontrol requeue 42" not in calls(tmp_path, "scontrol")
+
+
 def test_variables_of_a_file_reach_the_ranks(job: Job, tmp_path: Path) -> None:
     (tmp_path / "site.env").write_text("# the fast network\nNCCL_SOCKET_IFNAME=ib0,ib1\n\nNCCL_DEBUG=WARN")
     env = {"HOPESCALE_ENV_FILE": str(tmp_path / "site.env")}

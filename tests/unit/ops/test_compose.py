@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +56,6 @@ def test_foreign_images_are_named_by_version() -> None:
 
 def test_what_it_mounts_of_the_repository_is_there() -> None:
     mounted = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
-    mounted += [entry["file"] for entry in TREE["configs"].values()]
     of_the_repository = [path for path in mounted if path.startswith("./")]
     assert [path for path in of_the_repository if not (COMPOSE.parent / path).exists()] == []
 
@@ -66,10 +64,12 @@ def test_prometheus_finds_target_and_token_where_its_configuration_looks() -> No
     prometheus = SERVICES["prometheus"]
     (scrape,) = yaml.safe_load((REPO_ROOT / "ops/prometheus/prometheus.yml").read_text())["scrape_configs"]
     (pattern,) = scrape["file_sd_configs"][0]["files"]
-    assert [Path(config["target"]).match(pattern) for config in prometheus["configs"]] == [True]
+    # Of the run, which writes its entry where Prometheus reads it.
+    (told,) = [word for word in SERVICES["trainer"]["command"] if word.startswith("metrics.discovery=")]
+    inside = {volume.split(":")[1]: volume.split(":")[0] for volume in SERVICES["trainer"]["volumes"]}
+    written = told.removeprefix("metrics.discovery=").replace("/runs", inside["/runs"], 1)
+    assert f"{written}:{Path(pattern).parent}:ro" in prometheus["volumes"]
     assert [secret["target"] for secret in prometheus["secrets"]] == [scrape["authorization"]["credentials_file"]]
-    (entry,) = json.loads((COMPOSE.parent / TREE["configs"]["trainer"]["file"]).read_text())
-    assert entry["targets"] == [f"{SERVICES['trainer']['hostname']}:9177"]
 
 
 def test_the_trainer_serves_the_network_with_the_token_that_prometheus_sends() -> None:
