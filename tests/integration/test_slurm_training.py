@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
@@ -83,23 +84,19 @@ def finished(run: Path) -> dict:
     return status
 
 
-@pytest.fixture(scope="module")
-def without_slurm() -> dict[str, Path]:
-    """The run that nothing happened to, once it is there."""
-    return {}
-
-
 @pytest.fixture
-def expected(without_slurm: dict[str, Path], torchrun: Torchrun, settings: list[str], tmp_path: Path) -> Path:
-    """A run of the same settings on two ranks of this machine, to its end."""
-    if "run" not in without_slurm:
-        folder = tmp_path / "expected"
-        alone = [text for text in settings if not text.startswith("cluster.")]
-        ended = torchrun(2, "hopescale.train", *alone, f"run.dir={folder}")
-        assert ended.returncode == 0, ended.stderr
-        finished(folder)
-        without_slurm["run"] = folder
-    return without_slurm["run"]
+def expected(torchrun: Torchrun, settings: list[str], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A run of the same settings on two ranks of this machine, to its end; test processes share it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "without-slurm"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            alone = [text for text in settings if not text.startswith("cluster.")]
+            ended = torchrun(2, "hopescale.train", *alone, f"run.dir={folder}")
+            assert ended.returncode == 0, ended.stderr
+    finished(folder)
+    return folder
 
 
 def test_a_run_on_two_nodes_saves_when_its_time_is_over_and_goes_on_to_the_same_bits(
