@@ -136,16 +136,17 @@ class RunFolder:
         """The last status, empty where there is none."""
         return json.loads(self.status.read_text()) if self.status.is_file() else {}
 
-    def refuse(self, code: int) -> None:
+    def refuse(self, code: int, job: SlurmJob | None = None) -> None:
         """Say that an attempt to start or go on was a mistake of the user.
 
-        A folder that is in use stays as it is, and so does a new one, unless a job script has made it and will ask.
+        A folder that is in use stays as it is, and so does a new one, unless a job script has made it and will ask. A
+        run that has crashed is one until a job has tried to go on with it.
         """
         status = self.read_status()
         if not status and (self.path / "slurm").is_dir():
             status = {"state": "failed", "code": code, "step": 0, "incarnation": -1}
-        if status and status["state"] != "running":
-            write_json(self.status, {**status, "state": "failed", "code": code})
+        if status and (status["state"] != "running" or (job is not None and not self.is_claimed)):
+            write_json(self.status, {**status, "state": "failed", "code": code, **_start(job)})
 
 
 @dataclass
@@ -159,13 +160,15 @@ class Attempt:
     incarnation: int
     speaks: bool
     """Only one rank writes."""
+    job: SlurmJob | None = None
+    """Of whose start this is, if of any: its script asks what became of it."""
     step: int = 0
 
     def say(self, state: RunStateName, code: int = EXIT_DONE) -> None:
         """Replace status.json atomically."""
         if not self.speaks:
             return
-        word = {"state": state, "code": code, "step": self.step, "incarnation": self.incarnation}
+        word = {"state": state, "code": code, "step": self.step, "incarnation": self.incarnation, **_start(self.job)}
         try:
             if self.run.read_status().get("incarnation", -1) > self.incarnation:
                 logger.warning("a later incarnation has taken %s over: its status.json stays", self.run.path)
@@ -188,6 +191,10 @@ class Attempt:
         except Exception:
             logger.exception("training crashed")
             raise
+
+
+def _start(job: SlurmJob | None) -> dict[str, str]:
+    return {} if job is None else {"start": job.start}
 
 
 class _Owner(NamedTuple):

@@ -52,7 +52,7 @@ from hopescale.resilience.control_word import ControlWord
 from hopescale.resilience.goodput import Goodput, process_age
 from hopescale.resilience.preemption import StopRequests
 from hopescale.run_folder import Attempt, RunFolder, make_run_folder
-from hopescale.slurm.environment import read_job
+from hopescale.slurm.environment import SlurmJob, read_job
 from hopescale.trainer import Trainer, place_in_data
 
 # Not __name__: torchrun starts this file as __main__.
@@ -69,7 +69,7 @@ def main(overrides: Sequence[str]) -> int:
         Exit code of this rank: 0 done, 2 the user's mistake, 71 no valid checkpoint, 72 diverged, 75 stopped before
         the end, 73 ranks disagree on what they computed, 74 a later start has taken the run over.
     """
-    launch, config = Launch(), None
+    launch, config, joined = Launch(), None, False
     try:
         launch = read_launch()
         refuse_local_rank(overrides)
@@ -79,18 +79,41 @@ def main(overrides: Sequence[str]) -> int:
         readers = preflight(config, launch)
         prepare_process(config.parallel, launch, device)
         with process_group(config.parallel, launch, device):
-            return train(config, launch, device, *readers)
+            joined = True
+            return exit_code(train(config, launch, device, *readers), launch)
     except UserError as error:
         # What is wrong on another machine, a port or a folder, only that machine can tell.
         if launch.is_first or (config is not None and launch.local_rank == 0 and launch.rank > 0):
             print(describe(error), file=sys.stderr, flush=True)
-        folder = None if config is None or error.exit_code == EXIT_SUPERSEDED else config.run.dir
-        if launch.is_first and folder is not None:
-            RunFolder(Path(folder)).refuse(error.exit_code)
-        if launch.local_rank > 0:
-            # The first rank that ends takes the others of its node with it; the one that explains comes first.
+        folder = run_folder_of(overrides) if config is None else config.run.dir
+        if launch.is_first and folder is not None and error.exit_code != EXIT_SUPERSEDED:
+            RunFolder(Path(folder)).refuse(error.exit_code, this_job())
+        if launch.rank > 0:
+            # The first rank that ends takes the others with it; the one that explains comes first.
             time.sleep(SECONDS_TO_EXPLAIN)
-        return error.exit_code
+        return exit_code(error.exit_code, launch) if joined else error.exit_code
+
+
+def exit_code(code: int, launch: Launch) -> int:
+    """What a rank of a run that has ended in order exits with; whoever wants to know reads status.json.
+
+    A launcher that may start ranks anew takes everything but 0 for a crash, and would undo a stop.
+    """
+    return EXIT_DONE if launch.may_restart else code
+
+
+def run_folder_of(overrides: Sequence[str]) -> str | None:
+    """The run folder among settings that are no configuration together."""
+    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("run.dir=")]
+    return given[-1] if given else None
+
+
+def this_job() -> SlurmJob | None:
+    """The Slurm job around this process, where its variables make sense."""
+    try:
+        return read_job()
+    except ConfigError:
+        return None
 
 
 def refuse_local_rank(overrides: Sequence[str]) -> None:
@@ -121,7 +144,7 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
                 stack.enter_context(closing(run.claim(job)))
         if config.run.dry_run:
             decide_on_first(lambda: forget_earlier(run))
-        attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first)
+        attempt = Attempt(run, decide_on_first(run.create), speaks=launch.is_first, job=job)
         if launch.world_size > launch.local_world_size:
             see_one_folder(run, launch)
         log_to(run.logs / f"rank-{launch.rank}.log", console=launch.is_first)

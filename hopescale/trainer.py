@@ -27,7 +27,7 @@ from hopescale.diagnostics import (
     record_surprise,
     record_traces,
 )
-from hopescale.errors import Diverged, Problem, UserError, describe
+from hopescale.errors import EXIT_SUPERSEDED, Diverged, Problem, UserError, describe
 from hopescale.metrics.recorder import Recorder
 from hopescale.metrics.throughput import StepClock
 from hopescale.optim.m3 import M3
@@ -263,7 +263,7 @@ class Trainer:
             last: nothing comes after it, so it must not be missed.
 
         Raises:
-            UserError: on all ranks, what kept the last one from being written.
+            UserError: on all ranks, what kept the last one from being written, or that this start is superseded.
         """
         self.control.save = False
         if self.saved_step == self.state.step:
@@ -275,13 +275,16 @@ class Trainer:
             try:
                 folder = self.checkpoints.save(self.engine.model, self.optimizer, self.state)
             except UserError as error:
-                if last:
+                # A later start has taken the run over: what this one goes on with is of no use.
+                if last or error.exit_code == EXIT_SUPERSEDED:
                     raise
                 self.failed_saves += 1
                 logger.error("no checkpoint of step %d, training goes on: %s", self.state.step, describe(error))
                 return
             self.recorder.set("checkpoint_seconds", time() - began)
-            self.recorder.set("checkpoint_bytes", sum(path.stat().st_size for path in folder.iterdir()))
+            if self.attempt.speaks:
+                # Other nodes may not see the folder yet under its name.
+                self.recorder.set("checkpoint_bytes", sum(path.stat().st_size for path in folder.iterdir()))
             self.recorder.set("last_checkpoint_timestamp_seconds", time())
             self.recorder.set("last_checkpoint_step", self.state.step)
             self.recorder.flush(self.state.step, kind="checkpoint")

@@ -67,11 +67,23 @@ before=$(status_field "$speaking" incarnation)
 
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ranks : 1))}
+# Ctrl-C reaches torchrun itself, which then gives ranks so many seconds to save; 30 without this.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # Port 0 takes a free one. No restarts inside the job: ranks of a second attempt would find addresses of the first.
 "$VENV/bin/python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$num_ranks" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 -m hopescale.train "$@" &
 launcher=$!
-trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM
+# Rank 0 looks for this file once a second; a second signal is for whoever does not want to wait.
+# shellcheck disable=SC2329 # a trap calls it
+stop() {
+  if [ -e "$run/stop" ]; then
+    kill -TERM "$launcher" 2>/dev/null || true
+  else
+    touch "$run/stop"
+    echo "told to stop: asking for a checkpoint" >&2
+  fi
+}
+trap stop INT TERM
 # A trapped signal ends `wait` early, so it is asked until the launcher is gone.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
 

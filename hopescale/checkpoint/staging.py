@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from hopescale.errors import Problem, Superseded
@@ -58,9 +59,12 @@ class Staging:
         for number, earlier in _begun(root):
             if number < incarnation:
                 # Renamed first, so that nothing can be renamed out of it while its content is being removed.
-                earlier.rename(root / f"over-{number:06d}-{secrets.token_hex(4)}")
+                # A rank of an earlier one that lives on may be removing its own.
+                with suppress(FileNotFoundError):
+                    earlier.rename(root / f"over-{number:06d}-{secrets.token_hex(4)}")
         for left in (*root.glob("over-*"), *root.glob("step-*.trash")):
-            shutil.rmtree(left)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(left)
 
     def fresh_folder(self, name: str) -> Path:
         """An empty folder to write a checkpoint into.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hopescale.errors import Problem
 from hopescale.model.passes import most_writes
+from hopescale.slurm.schema import seconds_of
 
 from .schema import Config
 
@@ -40,7 +41,7 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
         rule = "steps on the host, where no GPU orthogonalises M3's matrices"
         yield Problem("parallel.offload_optimizer", True, rule, "set optimizer=adamw, or leave it out")
     yield from _longterm_problems(config)
-    yield from _container_problems(config)
+    yield from _slurm_problems(config)
     if config.metrics.token_file is not None and config.metrics.listen == "off":
         rule = "is ignored with metrics.listen=off"
         yield Problem("metrics.token_file", config.metrics.token_file, rule, "leave it out, or set metrics.listen=node")
@@ -52,8 +53,11 @@ def cross_section_problems(config: Config) -> Iterator[Problem]:
         yield Problem("metrics.textfile", config.metrics.textfile, rule, "leave it out, or set metrics.listen=off")
 
 
-def _container_problems(config: Config) -> Iterator[Problem]:
+def _slurm_problems(config: Config) -> Iterator[Problem]:
     cluster = config.cluster
+    if cluster.time is not None and seconds_of(cluster.time) <= cluster.grace_seconds:
+        rule = f"is over before a job has trained at all: it begins to save {cluster.grace_seconds} s before the end"
+        yield Problem("cluster.time", cluster.time, rule, "ask for more time, or lower cluster.grace_seconds")
     if cluster.container is None:
         rule, fix = "is ignored without cluster.container", "leave it out, or name an image"
         if cluster.container_runtime is not None:

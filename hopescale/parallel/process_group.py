@@ -35,6 +35,8 @@ class Launch:
     local_world_size: int = 1
     launched: bool = False
     """Whether a launcher started this process."""
+    may_restart: bool = False
+    """Whether the launcher starts ranks anew that end with another code than 0."""
 
     @property
     def is_first(self) -> bool:
@@ -61,7 +63,8 @@ def read_launch() -> Launch:
     if bad:
         rule = f"must be a whole number: a launcher sets all of {', '.join(names)}"
         raise ConfigError([Problem(name, given.get(name), rule, "start with torchrun, or export it") for name in bad])
-    launch = Launch(*(int(given[name]) for name in names), launched=True)
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    launch = Launch(*(int(given[name]) for name in names), launched=True, may_restart=may_restart)
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if int(given[rank]) >= int(given[size]):
             rule = f"ranks count from 0 to {size}={given[size]} less 1"

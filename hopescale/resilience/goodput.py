@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hopescale.errors import UserError
+from hopescale.errors import EXIT_SUPERSEDED, UserError
 from hopescale.metrics.reliability_metrics import TIME_CLASSES
 from hopescale.process_start import seconds_after_boot
 
@@ -208,8 +208,10 @@ class Goodput:
         """
         try:
             yield
-        except UserError:
-            self.tell(step(), "failed")
+        except UserError as error:
+            # A later start tells of its own time, which this one's is a part of.
+            if error.exit_code != EXIT_SUPERSEDED:
+                self.tell(step(), "failed")
             raise
         self.tell(step(), self.outcome)
 

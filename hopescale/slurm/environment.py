@@ -25,6 +25,11 @@ class SlurmJob:
     restart: int = 0
     ends_at: float | None = None
 
+    @property
+    def start(self) -> str:
+        """Names this start of the job, as the job script does."""
+        return f"{self.id}-{self.restart}"
+
     def succeeds(self, other: SlurmJob) -> bool:
         """Whether Slurm has started this one because that one is over, whatever its processes still do."""
         return self.id == other.id and self.restart > other.restart

@@ -38,7 +38,8 @@ def cancel(run: Path, *, now: bool) -> dict[str, Any]:
         UserError: the run has no job, or Slurm refuses.
     """
     job = job_of(run)
-    (run / "slurm" / "cancelled").touch()
+    # Of this job, and of none that may come after it.
+    (run / "slurm" / "cancelled").write_text(f"{job}\n")
     saves = not now and (job_state(job) or "").startswith("RUNNING")
     if saves:
         (run / "stop").touch()

@@ -21,9 +21,13 @@ SET_HERE = frozenset(
         "account",
         "array",
         "chdir",
+        "clusters",
         "cpus-per-task",
         "export",
+        "gpus",
         "gpus-per-node",
+        "gpus-per-task",
+        "hold",
         "job-name",
         "mem",
         "nodes",
@@ -36,6 +40,7 @@ SET_HERE = frozenset(
         "qos",
         "requeue",
         "signal",
+        "test-only",
         "time",
         "wait",
         "wrap",
@@ -101,6 +106,8 @@ def environment(config: Config) -> dict[str, str]:
     """Variables of the body, for what is configured."""
     cluster = config.cluster
     python = cluster.python or ("python3" if cluster.container is not None else sys.executable)
+    # Quoted in the script, where no shell would do it.
+    python = str(Path(python).expanduser()) if python.startswith("~") else python
     values: dict[str, str | None] = {
         "HOPESCALE_PYTHON": python,
         "HOPESCALE_RANKS": None if cluster.gpus_per_node is None else str(cluster.gpus_per_node),
@@ -128,8 +135,8 @@ def render(config: Config, run: Path) -> str:
     Raises:
         ConfigError: a value that cannot be written safely.
     """
-    if not re.fullmatch(PATH, str(run)) or not run.is_absolute():
-        rule = "must be an absolute path of letters, digits and _./@+=- for a batch script to hold it"
+    if not re.fullmatch(PATH, str(run)) or "=" in str(run) or not run.is_absolute():
+        rule = "must be an absolute path of letters, digits and _./@+- for a batch script to hold it"
         raise ConfigError(Problem("run.dir", run, rule, "name another folder"))
     if not re.fullmatch(NAME, config.run.name):
         rule = "must be a word of letters, digits and ._- to be the name of a job"

@@ -21,6 +21,17 @@ MOUNT = r"^/[A-Za-z0-9._/@+=-]{0,511}:/[A-Za-z0-9._/@+=-]{0,511}(:(ro|rw))?$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
+def seconds_of(time: str) -> int:
+    """Seconds of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class SlurmFields(BaseModel):
     """What `hopescale slurm` puts into a job."""
 
@@ -49,7 +60,7 @@ class SlurmFields(BaseModel):
     requeue: bool = True
     """Goes back into the queue by itself when it was stopped with a checkpoint, lost a node, or crashed."""
     crashes: PositiveInt = 3
-    """Crashes without a new checkpoint between them after which the job gives up (exit code 70)."""
+    """Starts without a new checkpoint, crashed or stopped too soon, after which the job gives up (exit code 70)."""
     restarts: NonNegativeInt = 0
     """Times that torchrun starts crashed ranks anew without going back into the queue."""
     container: Annotated[str, Field(pattern=IMAGE)] | None = None

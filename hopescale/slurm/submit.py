@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.cache import write_bytes
 from hopescale.config.schema import Config
-from hopescale.errors import ConfigError, Problem
+from hopescale.errors import ConfigError, Problem, UserError
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
 from hopescale.run_folder import make_run_folder
@@ -50,7 +50,11 @@ def submit(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
         (folder / earlier).unlink(missing_ok=True)
     write_bytes(folder / "settings", settings.encode())
     write_bytes(folder / "job.sbatch", script.encode())
-    job = slurm("sbatch", "--parsable", str(folder / "job.sbatch")).strip().partition(";")[0]
+    answer = slurm("sbatch", "--parsable", str(folder / "job.sbatch"))
+    job = answer.strip().partition(";")[0]
+    if not job.isdecimal():
+        rule, fix = "must be the number of a job, and is not", "see what sbatch is on this machine: type sbatch"
+        raise UserError(Problem("sbatch", repr(answer), rule, fix))
     keep_job(run, job)
     return {"job": job, "run": str(run), "script": str(folder / "job.sbatch")}
 

@@ -6,10 +6,13 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED
+from hopescale.checkpoint.manager import CheckpointManager
+from hopescale.checkpoint.staging import Staging, committed
+from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_SUPERSEDED
 from hopescale.resilience import preemption
 from hopescale.resilience.goodput import read_history
 from hopescale.train import main
@@ -60,6 +63,41 @@ def test_a_stop_file_counts_once(settings: list[str], whole: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "stop").exists()
     assert main(settings) == EXIT_DONE
     assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_a_start_that_was_superseded_ends_at_its_next_save(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CheckpointManager.save
+
+    def begin_anew_first(manager: CheckpointManager, *told: Any) -> Path:
+        (tmp_path / "run" / "status.json").write_text('{"state": "running", "incarnation": 7}')
+        Staging(manager.root, 7)
+        return save(manager, *told)
+
+    monkeypatch.setattr(CheckpointManager, "save", begin_anew_first)
+    assert main(settings) == EXIT_SUPERSEDED
+    assert status_of(tmp_path / "run")["incarnation"] == 7
+    assert not committed(tmp_path / "run" / "checkpoints")
+    # The account is the later one's to keep.
+    told = [json.loads(line)["event"] for line in (tmp_path / "run" / "goodput.jsonl").read_text().splitlines()]
+    assert "failed" not in told
+
+
+@pytest.mark.parametrize("wrong", ["train.stps=5", "model.memory.heads=5", "data.path=nowhere"])
+def test_a_job_script_learns_that_its_settings_are_wrong(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert main([*settings, wrong]) == 2
+    assert (status_of(run)["state"], status_of(run)["code"]) == ("failed", 2)
+    # Also where an earlier start had crashed, whose word this is not.
+    (run / "status.json").write_text('{"state": "running", "code": 0, "step": 4, "incarnation": 0, "start": "42-0"}')
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main([*settings, wrong]) == 2
+    assert status_of(run) == {"state": "failed", "code": 2, "step": 4, "incarnation": 0, "start": "42-1"}
 
 
 def test_a_save_file_makes_a_checkpoint_and_the_run_goes_on(

@@ -43,9 +43,11 @@ def job(programs: Path, tmp_path: Path) -> Job:
         nodes: int = 1,
         srun: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        told = (
-            "" if outcome is None else f"printf '%s' {shlex.quote(json.dumps(outcome, indent=1))} >\"$RUN/status.json\""
-        )
+        told = ""
+        if outcome is not None:
+            start = f"42-{(env or {}).get('SLURM_RESTART_COUNT', 0)}"
+            said = json.dumps({"start": start} | outcome, indent=1)
+            told = f"printf '%s' {shlex.quote(said)} >\"$RUN/status.json\""
         program(programs, "srun", f"{srun}\n{told}")
         program(programs, "scontrol", "case $1 in show) echo n1 ;; esac")
         if not (programs / "squeue").exists():
@@ -61,7 +63,8 @@ def job(programs: Path, tmp_path: Path) -> Job:
             "SLURM_JOB_NODELIST": "n[1-2]",
             **(env or {}),
         }
-        command = ["bash", str(SCRIPT), str(tmp_path / "run"), *settings]
+        kept = (tmp_path / "run" / "slurm" / "settings").exists()
+        command = ["bash", str(SCRIPT), str(tmp_path / "run"), *(settings or ([] if kept else ["experiment=demo"]))]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     return run
@@ -134,19 +137,27 @@ def test_the_status_decides(job: Job, tmp_path: Path, outcome: dict | None, code
 
 def test_a_status_of_an_earlier_start_is_not_taken_for_this_ones(job: Job) -> None:
     assert job(outcome=status("preempted", 75)).returncode == 75
-    crashed = job(outcome=status("preempted", 75))
+    again = {"SLURM_RESTART_COUNT": "1"}
+    crashed = job(outcome=status("preempted", 75) | {"start": "42-0"}, env=again)
     assert (crashed.returncode, "is missing, old, or still says running" in crashed.stderr) == (1, True)
-    assert job(outcome=status("finished", incarnation=1)).returncode == 0
+    assert job(outcome=status("finished"), env=again).returncode == 0
 
 
 @pytest.mark.parametrize("how", ["by the setting", "by the user"])
 def test_a_job_that_is_not_to_go_on_is_not_requeued(job: Job, tmp_path: Path, how: str) -> None:
     (tmp_path / "run" / "slurm").mkdir(parents=True)
     if how == "by the user":
-        (tmp_path / "run" / "slurm" / "cancelled").touch()
+        (tmp_path / "run" / "slurm" / "cancelled").write_text("42\n")
     env = {"HOPESCALE_REQUEUE": "0"} if how == "by the setting" else {}
     assert job(outcome=status("preempted", 75), env=env).returncode == 75
     assert "scontrol requeue 42" not in calls(tmp_path, "scontrol")
+
+
+def test_that_another_job_of_the_run_was_cancelled_does_not_concern_this_one(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "cancelled").write_text("41\n")
+    assert job(outcome=status("preempted", 75)).returncode == 75
+    assert "scontrol requeue 42" in calls(tmp_path, "scontrol")
 
 
 @pytest.mark.parametrize(
@@ -169,8 +180,74 @@ def test_crashes_without_a_checkpoint_between_them_spend_the_budget(job: Job, tm
     (tmp_path / "run" / "checkpoints" / "step-000000010").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step-000000010.damaged").mkdir()
     assert [job(outcome=status("running", incarnation=n)).returncode for n in range(2, 5)] == [1, 1, 70]
-    assert json.loads((tmp_path / "run" / "status.json").read_text()) == status("failed", 70, 4)
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == status("failed", 70, 4) | {"start": "42-0"}
     assert len([call for call in calls(tmp_path, "scontrol") if "requeue" in call]) == 4
+
+
+def test_stops_without_a_new_checkpoint_spend_it_too(job: Job, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000010"
+    saves = f"mkdir -p {checkpoint}"
+    assert [job(outcome=status("preempted", 75)).returncode for _ in range(2)] == [75, 75]
+    assert job(outcome=status("preempted", 75), srun=saves).returncode == 75
+    assert [job(outcome=status("preempted", 75)).returncode for _ in range(3)] == [75, 75, 70]
+
+
+def test_a_start_that_another_has_superseded_leaves_the_run_alone(job: Job, tmp_path: Path) -> None:
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    (targets / "a-job42-start000001-0.json").touch()
+    later = "echo 42-1 >$RUN/slurm/start"
+    superseded = job(outcome=status("running"), srun=later, env={"HOPESCALE_DISCOVERY": str(targets)})
+    assert (superseded.returncode, "start 42-1 has taken the run over" in superseded.stderr) == (74, True)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
+    assert "scontrol requeue 42" not in calls(tmp_path, "scontrol")
+    assert not (tmp_path / "run" / "slurm" / "crashes").exists()
+    assert list(targets.iterdir())
+
+
+@pytest.mark.parametrize(("state", "refused"), [("RUNNING", True), ("COMPLETED", False), ("", False)])
+def test_a_run_that_another_job_trains_is_not_touched(
+    job: Job, programs: Path, tmp_path: Path, state: str, refused: bool
+) -> None:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "start").write_text("41-3\n")
+    (tmp_path / "run" / "stop").touch()
+    program(programs, "squeue", f"echo {state}")
+    ended = job(outcome=status("finished"))
+    assert ended.returncode == (2 if refused else 0)
+    assert ("job 41 is training there" in ended.stderr) == refused
+    assert (tmp_path / "run" / "stop").exists() == refused
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(job: Job, programs: Path, tmp_path: Path) -> None:
+    program(programs, "date", "case $* in '+%F %T') echo now ;; *) /bin/date \"$@\" ;; esac")
+    assert job(outcome=status("preempted", 75)).returncode == 75
+    with Path("/dev/full").open("w") as full:
+        command = ["bash", str(SCRIPT), str(tmp_path / "run"), "experiment=demo"]
+        variables = {"CALLS": str(tmp_path / "calls.log"), "RUN": str(tmp_path / "run"), "SLURM_JOB_ID": "42"}
+        environment = {"PATH": f"{programs}:{os.environ['PATH']}", **variables}
+        ended = subprocess.run(command, env=environment, stdout=full, stderr=full, timeout=60, check=False)
+    assert ended.returncode == 75
+    assert len(calls(tmp_path, "srun")) == 2
+
+
+def test_a_job_without_settings_is_told(job: Job, tmp_path: Path) -> None:
+    alone = subprocess.run(
+        ["bash", str(SCRIPT), str(tmp_path / "run")],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "42"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (alone.returncode, "no settings: give them after RUN" in alone.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_no_setting_can_name_is_refused(tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT), str(tmp_path / "lr=1"), "experiment=demo"]
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "42"}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "lr=1: must be a path of letters" in refused.stderr) == (2, True)
 
 
 def test_a_signal_of_slurm_asks_the_trainer_and_not_torchrun(job: Job, tmp_path: Path) -> None:
@@ -188,8 +265,8 @@ def test_a_request_of_an_earlier_start_is_forgotten(job: Job, tmp_path: Path) ->
 
 def test_a_job_that_is_cancelled_while_it_starts_is_told_so(job: Job, tmp_path: Path) -> None:
     (tmp_path / "run" / "slurm").mkdir(parents=True)
-    for name in ("stop", "slurm/cancelled"):
-        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "slurm" / "cancelled").write_text("42\n")
+    (tmp_path / "run" / "stop").touch()
     job(outcome=status("preempted", 75))
     assert (tmp_path / "run" / "stop").exists()
     assert "scontrol requeue 42" not in calls(tmp_path, "scontrol")
@@ -285,10 +362,28 @@ def test_what_cannot_be_started_is_told(job: Job, tmp_path: Path) -> None:
     assert (bare.returncode, "RUN is missing" in bare.stderr) == (2, True)
 
 
-def test_entries_of_service_discovery_go_with_the_job(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "code", "left"), [("running", 0, False), ("preempted", 75, False), ("failed", 72, True)]
+)
+def test_entries_of_a_job_that_waits_go_and_those_of_one_that_failed_stay(
+    job: Job, tmp_path: Path, state: str, code: int, left: bool
+) -> None:
     folder = tmp_path / "targets"
     folder.mkdir()
-    for name in ("a-job42-0.json", "b-job42-1.json", "a-job421-0.json", "a-job7-0.json"):
+    own, others = ["a-job42-start000000-0.json", "b-job42-start000000-1.json"], ["a-job421-start000000-0.json"]
+    for name in (*own, *others):
         (folder / name).touch()
-    job(outcome=status("running"), env={"HOPESCALE_DISCOVERY": str(folder)})
-    assert sorted(p.name for p in folder.iterdir()) == ["a-job421-0.json", "a-job7-0.json"]
+    job(outcome=status(state, code), env={"HOPESCALE_DISCOVERY": str(folder)})
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*others, *(own if left else [])])
+
+
+def test_the_first_node_is_told_to_be_the_meeting_place_where_its_name_does_not_say_so(job: Job) -> None:
+    shown = job(nodes=2, env={"HOPESCALE_HEAD": "10.1.1.1", "HOPESCALE_DRY_RUN": "1"})
+    words = shlex.split(shown.stdout)
+    shell = words.index("bash")
+    # What each node runs, with its own number.
+    for node, expected in (("0", "is_host=1\n"), ("1", "is_host=0\n")):
+        wrapped = [*words[shell : shell + 4], "printenv", "PET_RDZV_CONF"]
+        environment = {"PATH": os.environ["PATH"], "SLURM_NODEID": node}
+        assert subprocess.run(wrapped, env=environment, capture_output=True, text=True).stdout == expected
+    assert "bash" not in shlex.split(job(nodes=2, env={"HOPESCALE_DRY_RUN": "1"}).stdout)

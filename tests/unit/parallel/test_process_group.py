@@ -9,6 +9,7 @@ import pytest
 
 from hopescale.errors import ConfigError
 from hopescale.parallel.process_group import Launch, read_launch, read_place
+from hopescale.train import exit_code
 
 PROGRAM = """
 import atexit, sys
@@ -54,6 +55,14 @@ def test_variables_of_a_launcher_that_make_no_rank_are_named(
     launched.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value}"):
         read_launch()
+
+
+def test_a_launcher_that_starts_crashed_ranks_anew_takes_an_end_in_order_for_none(launched: pytest.MonkeyPatch) -> None:
+    assert [exit_code(code, read_launch()) for code in (0, 2, 75)] == [0, 2, 75]
+    launched.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert exit_code(75, read_launch()) == 75
+    launched.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    assert [exit_code(code, read_launch()) for code in (0, 2, 75)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("name", "launcher"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")])

@@ -12,6 +12,7 @@ from hopescale.config.compose import load_config, validate
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError
 from hopescale.slurm.render import environment, header, render, settings_file
+from hopescale.slurm.schema import seconds_of
 
 RUN = Path("/shared/runs/a")
 
@@ -132,3 +133,30 @@ def test_hostile_values_are_refused_or_written_as_they_are(field: str, tmp_path:
     ran = subprocess.run(["bash"], input=heads, cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("1:00:01", 3601),
+        ("2-0", 172_800),
+        ("1-12:30", 131_400),
+        ("0-00:00:07", 7),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_a_job_that_would_begin_to_save_before_it_trains_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.time=5: is over before a job has trained"):
+        load_config(["experiment=demo", "cluster.time='5'"])
+    assert load_config(["experiment=demo", "cluster.time='6'"]).cluster.time == "6"
+
+
+def test_a_home_in_the_name_of_python_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(["experiment=demo", "cluster.python='~/venv/bin/python'"])
+    assert "export HOPESCALE_PYTHON=/home/somebody/venv/bin/python" in render(config, Path("/runs/a"))
