@@ -76,11 +76,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that `path` either has the old content or all of the new one, also after a power cut."""
+def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write a file so that `path` either has the old content or all of the new one, also after a power cut.
+
+    Args:
+        path: Of the file.
+        content: All of it.
+        mode: Who may read it; None leaves that to the user's umask.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

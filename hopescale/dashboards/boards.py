@@ -49,7 +49,8 @@ OVERVIEW = Board(
                     "Last sign of life",
                     "Time since the last log step of the rank that has been silent longest.",
                     "s",
-                    "time() - min by (cluster, run) (hopescale_last_step_timestamp_seconds)",
+                    # Of a node that has died the last number counts, though it is scraped no more.
+                    "time() - min by (cluster, run) (last_over_time(hopescale_last_step_timestamp_seconds[$__range]))",
                     AGE_COLOURS,
                     decimals=0,
                 ),

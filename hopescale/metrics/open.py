@@ -85,14 +85,23 @@ def _serve_node(config: Config, attempt: Attempt, launch: Launch, folder: Path, 
     log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
     if config.metrics.textfile is not None:
         textfile = Path(config.metrics.textfile)
-        stack.enter_context(TextfileSidecar(folder, textfile, named, node_rank, log_file=log_file))
+        stack.enter_context(TextfileSidecar(folder, textfile, named, node_rank, run=run.path, log_file=log_file))
         return
     announced = endpoint_path(run.path, node_rank)
     endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
     assert endpoint is not None
     stack.enter_context(endpoint)
     if config.metrics.discovery is not None:
-        stack.enter_context(DiscoveryEntry(Path(config.metrics.discovery), endpoint.target, named, node_rank))
+        folder_of_entries = Path(config.metrics.discovery)
+        entry = DiscoveryEntry(
+            folder_of_entries,
+            endpoint.target,
+            named,
+            run=run.path,
+            incarnation=attempt.incarnation,
+            node_rank=node_rank,
+        )
+        stack.enter_context(entry)
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

@@ -37,8 +37,12 @@ missing_packages() {
   done | sort -u
 }
 
+# What systemd would start with the machine.
+enabled_services() { find /etc/systemd/system -type l 2>/dev/null | sort || true; }
+
 # install_without_services PACKAGE...: a policy that forbids every service action, laid over the machine's own (if any) where
-# only apt-get and its children see it. A killed run leaves at most an empty file, which counts as no policy.
+# only apt-get and its children see it. A killed run leaves at most an empty file, which counts as no policy. Packages enable
+# their services for the next boot all the same, which is taken back.
 install_without_services() {
   local policy=/usr/sbin/policy-rc.d placed=0
   [ -e "$policy" ] || { : >"$policy" && placed=1; }
@@ -47,12 +51,16 @@ install_without_services() {
   chmod 755 "$forbid"
   # shellcheck disable=SC2064 # expanded now, on purpose
   trap "rm -f '$forbid'; [ $placed = 0 ] || rm -f '$policy'" EXIT
+  local enabled code=0
+  enabled=$(enabled_services)
   # shellcheck disable=SC2016 # expanded by that shell
   DEBIAN_FRONTEND=noninteractive unshare --mount bash -euc '
     mount --bind "$1" "$2"
     shift 2
     # Another apt-get may be at work, and package lists may be old or absent.
-    get() { apt-get -q -o DPkg::Lock::Timeout=300 "$@"; }
+    get() { apt-get -q -o DPkg::Lock::Timeout=300 --no-remove "$@"; }
     get install -y --no-install-recommends "$@" || { get update && get install -y --no-install-recommends "$@"; }
-  ' install "$forbid" "$policy" "$@" </dev/null >&2
+  ' install "$forbid" "$policy" "$@" </dev/null >&2 || code=$?
+  comm -13 <(echo "$enabled") <(enabled_services) | while read -r link; do rm -f -- "$link"; done
+  return "$code"
 }

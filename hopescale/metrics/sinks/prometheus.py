@@ -26,7 +26,7 @@ from data_pipeline.errors import MissingExtra, Problem, UserError
 from data_pipeline.stats import SharderStats
 from hopescale.metrics.catalog import by_key
 from hopescale.metrics.data_metrics import SHARDER_STATS
-from hopescale.metrics.sinks.discovery import UNSAFE
+from hopescale.metrics.sinks.discovery import READABLE, file_stem
 from hopescale.metrics.sinks.prometheus_sidecar import require_client
 from hopescale.metrics.sinks.rank_file import RankFile, read_rank_file
 
@@ -83,7 +83,7 @@ def write_textfile(path: Path, stats: SharderStats) -> None:
         metric = by_key(key)
         lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
         lines.append(f"{metric.name} {getattr(stats, field)}")
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode(), mode=READABLE)
 
 
 def node_address() -> str:
@@ -207,7 +207,7 @@ class PrometheusEndpoint:
             config: the `metrics` section.
             folder: the node's folder of rank files (`rank_folder`); created when missing.
             log_file: receives the sidecar's error output.
-            endpoint_file: receives `{"host", "port", "node", "url"}` for service discovery; removed by `close`.
+            endpoint_file: receives `{"host", "port", "node", "url", "pid"}` for service discovery; removed by `close`.
             host: the node's address for `metrics.listen=node`; found out when None.
             timeout_seconds: how long the sidecar may take to listen.
 
@@ -241,13 +241,17 @@ class PrometheusEndpoint:
         logger.info("metrics: %s", self.url)
         if self._endpoint_file is None:
             return
-        entry = {"host": self.host, "port": self.port, "node": socket.gethostname(), "url": self.url}
-        write_bytes(self._endpoint_file, (json.dumps(entry) + "\n").encode())
+        write_bytes(self._endpoint_file, self._announcement())
+
+    def _announcement(self) -> bytes:
+        told = {"host": self.host, "port": self.port, "node": socket.gethostname(), "url": self.url, "pid": self.pid}
+        return (json.dumps(told) + "\n").encode()
 
     def close(self) -> None:
-        """Ends the sidecar and withdraws the endpoint file; may be called twice."""
-        if self._endpoint_file is not None:
-            self._endpoint_file.unlink(missing_ok=True)
+        """Ends the sidecar and withdraws the endpoint file, if it is not a later start's; may be called twice."""
+        file = self._endpoint_file
+        if file is not None and file.is_file() and file.read_bytes() == self._announcement():
+            file.unlink(missing_ok=True)
         _stop(self._process)
 
     def __enter__(self) -> PrometheusEndpoint:
@@ -267,6 +271,7 @@ class TextfileSidecar:
         textfile: folder of node_exporter's textfile collector, on this node.
         named: labels that tell this run and node from others.
         node_rank: number of the node in its run.
+        run: folder of the run.
         log_file: receives the process' error output.
 
     Raises:
@@ -275,12 +280,12 @@ class TextfileSidecar:
     """
 
     def __init__(
-        self, folder: Path, textfile: Path, named: Mapping[str, str], node_rank: int, *, log_file: Path
+        self, folder: Path, textfile: Path, named: Mapping[str, str], node_rank: int, *, run: Path, log_file: Path
     ) -> None:
         require_client()
         _remove_earlier(folder)
         # One run has one file on a node, also after it was started again.
-        self.path = textfile.absolute() / f"hopescale-{UNSAFE.sub('_', named['run'])}-{node_rank}.prom"
+        self.path = textfile.absolute() / f"hopescale-{file_stem(named, run)}-{node_rank}.prom"
         command = [sys.executable, "-m", _SIDECAR, str(folder.absolute()), "--textfile", str(self.path)]
         for name, value in named.items():
             command += ["--label", f"{name}={value}"]

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.cache import write_bytes
 from hopescale.metrics.catalog import CATALOG
 from hopescale.metrics.metric import Metric
+from hopescale.metrics.sinks.discovery import READABLE
 from hopescale.metrics.sinks.rank_file import read_rank_file
 
 if TYPE_CHECKING:
@@ -221,11 +222,11 @@ def _keep_textfile(path: Path, registry: CollectorRegistry, parent: int) -> int:
     from prometheus_client.exposition import generate_latest
 
     try:
-        write_bytes(path, generate_latest(registry))
+        write_bytes(path, generate_latest(registry), mode=READABLE)
         _report(textfile=str(path))
         while _wait_for_parent(parent, TEXTFILE_SECONDS):
             try:
-                write_bytes(path, generate_latest(registry))
+                write_bytes(path, generate_latest(registry), mode=READABLE)
             except OSError as error:
                 # The collector reports the age of the file, and there may be room again.
                 print(f"{path}: {error}", file=sys.stderr, flush=True)

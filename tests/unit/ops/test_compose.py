@@ -72,6 +72,13 @@ def test_prometheus_finds_target_and_token_where_its_configuration_looks() -> No
     assert [secret["target"] for secret in prometheus["secrets"]] == [scrape["authorization"]["credentials_file"]]
 
 
+def test_grafana_knows_how_often_prometheus_scrapes() -> None:
+    config = yaml.safe_load((REPO_ROOT / "ops/prometheus/prometheus.yml").read_text())
+    provisioned = REPO_ROOT / "ops/grafana/provisioning/datasources/prometheus.yaml"
+    (source,) = yaml.safe_load(provisioned.read_text())["datasources"]
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
 def test_the_trainer_serves_the_network_with_the_token_that_prometheus_sends() -> None:
     trainer = SERVICES["trainer"]
     assert "metrics.listen=node" in trainer["command"]

@@ -265,6 +265,7 @@ MUTATIONS = [
     Mutation("HopescaleDiskFilling", JOIN, "a small run fills its disk"),
     Mutation("HopescaleDiskFilling", AT_ONCE, "a disk has room"),
     Mutation("HopescaleDiskFilling", "and run:hopescale_disk_free_bytes:min offset 6h -> ", "the first checkpoints"),
+    Mutation("HopescaleDiskFilling", "and run:hopescale_disk_free_bytes:min offset 2h -> ", "a run that has waited"),
     Mutation("HopescaleDiskFilling", "< 0 -> < -1e15", "logs eat"),
     Mutation("run:hopescale_disk_needed_bytes", NEWEST, "a small run fills its disk"),
     Mutation("run:hopescale_disk_needed_bytes", "3 * -> 1 *", "a disk has room"),

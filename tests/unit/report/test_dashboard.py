@@ -67,7 +67,12 @@ def test_picture_and_answers_of_the_time_that_was_scraped(run: Path, monkeypatch
     # What looks back over all the time, and tables, are asked once, for the last moment.
     once = [asked for asked in prometheus.asked if asked[1:] == (TIMES[-1], TIMES[-1], 1.0)]
     assert len(whole) + len(once) == len(prometheus.asked)
-    assert {promql.partition("{")[0] for promql, *_ in once} == {"(hopescale_planned_steps", "hopescale_run_info"}
+    last_step = "time() - min by (cluster, run) (last_over_time(hopescale_last_step_timestamp_seconds"
+    assert {promql.partition("{")[0] for promql, *_ in once} == {
+        "(hopescale_planned_steps",
+        "hopescale_run_info",
+        last_step,
+    }
 
     before = picture.read_bytes()
     picture.unlink()

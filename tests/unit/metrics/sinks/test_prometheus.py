@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -316,14 +317,31 @@ def test_a_restarted_job_shows_no_ranks_of_its_earlier_incarnation(tmp_path: Pat
     assert [folder.exists() for folder in folders] == [False, True, True]
 
 
+def test_an_earlier_start_withdraws_only_its_own_endpoint(tmp_path: Path) -> None:
+    announced = tmp_path / "metrics-endpoint.json"
+    config = MetricsConfig(port=0)
+    earlier, later = (
+        PrometheusEndpoint.start(config, tmp_path / name, log_file=tmp_path / "log", endpoint_file=announced)
+        for name in ("000000", "000001")
+    )
+    assert earlier is not None
+    assert later is not None
+    told = announced.read_bytes()
+    earlier.close()
+    assert announced.read_bytes() == told
+    later.close()
+    assert not announced.exists()
+
+
 def test_a_node_where_nothing_listens_keeps_a_file_for_as_long_as_its_run_lives(tmp_path: Path, monkeypatch):
     folder, textfiles = tmp_path / "live" / "n1" / "000000", tmp_path / "textfiles"
     textfiles.mkdir()
     file = RankFile(folder, 7)
     file.write([("step", {}, 1.0), ("step_seconds", {"rank": "7"}, 0.25)], time=1.0)
     named = {"cluster": "east", "run": "a", "node": "n1"}
-    with TextfileSidecar(folder, textfiles, named, 0, log_file=tmp_path / "log") as kept:
-        assert [path.name for path in textfiles.iterdir()] == ["hopescale-a-0.prom"]
+    with TextfileSidecar(folder, textfiles, named, 0, run=tmp_path / "a", log_file=tmp_path / "log") as kept:
+        assert [path.match("hopescale-east-a-*-0.prom") for path in textfiles.iterdir()] == [True]
+        assert stat.S_IMODE(kept.path.stat().st_mode) == 0o644
         assert text_samples(kept.path) == {
             ("hopescale_step", "east", "n1", "a"): 1.0,
             ("hopescale_step_seconds", "east", "n1", "7", "a"): 0.25,
@@ -345,8 +363,9 @@ def text_samples(path: Path) -> dict[tuple[str, ...], float]:
 
 
 def test_a_folder_of_text_files_that_cannot_be_written_is_an_error(tmp_path: Path):
+    named = {"cluster": "c", "run": "a"}
     with pytest.raises(UserError, match=r"nowhere: cannot be written") as refused:
-        TextfileSidecar(tmp_path / "live", tmp_path / "nowhere", {"run": "a"}, 0, log_file=tmp_path / "log")
+        TextfileSidecar(tmp_path / "live", tmp_path / "nowhere", named, 0, run=tmp_path, log_file=tmp_path / "log")
     assert "--collector.textfile.directory" in refused.value.problems[0].fix
 
 
