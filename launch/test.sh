@@ -15,7 +15,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
 REPORTS=$REPO_ROOT/.test-reports
-STAGES=(lint types unit distributed integration slurm monitoring image)
+TEST_STAGES=(unit distributed integration slurm monitoring image)
+STAGES=(lint types "${TEST_STAGES[@]}")
 INTEGRATION=tests/integration
 
 usage() { sed -n '2,/^# Exit code/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -68,7 +69,7 @@ if [ ${#selected[@]} = 0 ]; then
   if [ "$selects_paths" = 1 ]; then
     selected=(selection)
   elif [ "$selects_tests" = 1 ]; then
-    selected=(unit distributed integration slurm monitoring image)
+    selected=("${TEST_STAGES[@]}")
   else
     selected=("${STAGES[@]}")
   fi
@@ -163,38 +164,31 @@ else
   echo "nothing else can run without the installation" >&2
 fi
 
-# One line over all pytest stages.
-total_line() {
+# Writes one line over all pytest stages into total.txt, and prints what was skipped and why.
+sum_up() {
   "$VENV/bin/python" - "$REPORTS" <<'PYTHON'
-import pathlib, sys, xml.etree.ElementTree as ET
-total = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-for report in pathlib.Path(sys.argv[1]).glob("*.xml"):
-    for suite in ET.parse(report).getroot().iter("testsuite"):
-        for name in total:
-            total[name] += int(suite.get(name, 0))
+import collections, pathlib, sys, xml.etree.ElementTree as ET
+folder, total, skipped = pathlib.Path(sys.argv[1]), collections.Counter(), []
+for report in folder.glob("*.xml"):
+    tree = ET.parse(report).getroot()
+    for suite in tree.iter("testsuite"):
+        total.update({name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")})
+    for case in tree.iter("testcase"):
+        reasons = [found.get("message") for found in case.iter("skipped")]
+        skipped += [f"{case.get('classname')}::{case.get('name')}: {reason}" for reason in reasons]
+if total["tests"]:
+    print("\nskipped:", *skipped or ["nothing"], sep="\n  ")
 failed = total["failures"] + total["errors"]
-skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
-print(f"{total['tests'] - failed - total['skipped']} passed, {failed} failed{skipped}")
+counted = f", {total['skipped']} skipped" if total["skipped"] else ""
+(folder / "total.txt").write_text(f"{total['tests'] - failed - total['skipped']} passed, {failed} failed{counted}\n")
 PYTHON
 }
-
-# A line for each test that was skipped, with the reason.
-print_skipped() {
-  "$VENV/bin/python" - "$REPORTS" <<'PYTHON'
-import pathlib, sys, xml.etree.ElementTree as ET
-cases = [case for report in pathlib.Path(sys.argv[1]).glob("*.xml") for case in ET.parse(report).getroot().iter("testcase")]
-skipped = [f"{case.get('classname')}::{case.get('name')}: {case.find('skipped').get('message')}"
-           for case in cases if case.find("skipped") is not None]
-print("\nskipped:", *skipped or ["nothing"], sep="\n  ")
-PYTHON
-}
-! compgen -G "$REPORTS/*.xml" >/dev/null || print_skipped
+sum_up || echo '0 passed, 0 failed' >"$REPORTS/total.txt"
 
 printf '\n%-14s %8s %8s  %s\n' stage seconds budget result
 while IFS=$'\t' read -r stage seconds budget result; do
   printf '%-14s %8s %8s  %s\n' "$stage" "$seconds" "$budget" "$result"
 done <"$REPORTS/stages.tsv"
-total_line >"$REPORTS/total.txt" || echo '0 passed, 0 failed' >"$REPORTS/total.txt"
 if [ "$selects_tests" = 1 ] && compgen -G "$REPORTS/*.xml" >/dev/null && grep -q '^0 passed, 0 failed' "$REPORTS/total.txt"; then
   echo "no test matches ${pytest_args[*]}" >&2
   any_failed=1

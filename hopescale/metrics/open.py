@@ -92,16 +92,16 @@ def _serve_node(config: Config, attempt: Attempt, launch: Launch, folder: Path, 
     assert endpoint is not None
     stack.enter_context(endpoint)
     if config.metrics.discovery is not None:
-        folder_of_entries = Path(config.metrics.discovery)
-        entry = DiscoveryEntry(
-            folder_of_entries,
-            endpoint.target,
-            named,
-            run=run.path,
-            incarnation=attempt.incarnation,
-            node_rank=node_rank,
+        stack.enter_context(
+            DiscoveryEntry(
+                Path(config.metrics.discovery),
+                endpoint.target,
+                named,
+                run=run.path,
+                incarnation=attempt.incarnation,
+                node_rank=node_rank,
+            )
         )
-        stack.enter_context(entry)
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

@@ -19,8 +19,15 @@ from .programs import job_state, slurm
 from .render import render, settings_file
 
 OVER = (
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"),
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
     "PREEMPTED",
+    "TIMEOUT",
 )
 """States of a job that has ended."""
 
