@@ -357,17 +357,23 @@ def test_what_cannot_be_started_is_told(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "code", "left"), [("running", 0, False), ("preempted", 75, False), ("failed", 72, True)]
+    ("state", "code", "goes_on", "left"),
+    [
+        ("running", 0, "1", False),
+        ("running", 0, "0", True),
+        ("preempted", 75, "1", False),
+        ("failed", 72, "1", True),
+    ],
 )
 def test_entries_of_a_job_that_waits_go_and_those_of_one_that_failed_stay(
-    job: Job, tmp_path: Path, state: str, code: int, left: bool
+    job: Job, tmp_path: Path, state: str, code: int, goes_on: str, left: bool
 ) -> None:
     folder = tmp_path / "targets"
     folder.mkdir()
     own, others = ["a-job42-start000000-0.json", "b-job42-start000000-1.json"], ["a-job421-start000000-0.json"]
     for name in (*own, *others):
         (folder / name).touch()
-    job(outcome=status(state, code), env={"HOPESCALE_DISCOVERY": str(folder)})
+    job(outcome=status(state, code), env={"HOPESCALE_DISCOVERY": str(folder), "HOPESCALE_REQUEUE": goes_on})
     assert sorted(p.name for p in folder.iterdir()) == sorted([*others, *(own if left else [])])
 
 
