@@ -23,6 +23,8 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 _WINDOW = re.compile(r"\[([^\]]*)\]")
 _ALLOWED_WINDOWS = {"$__rate_interval", "$__range", "$__range:$__interval"}
+_OF_TOTALS = {"rate", "irate", "increase"}
+_OF_REWOUND = {"rate", "resets", "delta"}
 _WORD_BEFORE = re.compile(r"(\w+)\s*$")
 
 
@@ -78,14 +80,23 @@ def panels_are_complete(dashboard: dict[str, Any]) -> Iterator[str]:
 
 
 def counters_are_rates(dashboard: dict[str, Any]) -> Iterator[str]:
-    """A running total is looked at through rate, irate or increase only, and what is no total never."""
+    """A running total is looked at through functions of totals only, and what is no total never.
+
+    None of these may take a total that a resume sets back for a new one from 0.
+    """
     for title, promql in queries_of(dashboard):
         for name in metrics_of(promql) & set(BY_NAME):
-            is_total = BY_NAME[name].kind == "counter"
-            for match in re.finditer(rf"\b{name}\b", promql):
-                is_rate = bool({"rate", "irate", "increase"} & set(functions_around(promql, match.start())))
-                if is_total != is_rate:
+            metric = BY_NAME[name]
+            functions = _OF_REWOUND if metric.rewinds else _OF_TOTALS
+            around = [functions_around(promql, match.start()) for match in re.finditer(rf"\b{name}\b", promql)]
+            for names in around:
+                if (metric.kind == "counter") != bool((_OF_TOTALS | _OF_REWOUND) & set(names)):
                     yield f"{title}: {name} in {promql}"
+                elif metric.kind == "counter" and not functions & set(names):
+                    yield f"{title}: a resume {'sets' if metric.rewinds else 'does not set'} {name} back in {promql}"
+            used = set().union(*around)
+            if metric.rewinds and "rate" in used and "resets" not in used:
+                yield f"{title}: a resume sets {name} back in {promql}"
 
 
 def windows_follow_the_time_shown(dashboard: dict[str, Any]) -> Iterator[str]:

@@ -6,8 +6,19 @@ and so on are added.
 
 from __future__ import annotations
 
+from hopescale.dashboards.generated import rate
 from hopescale.dashboards.panel import Board, Mark, Panel, Query, Section
-from hopescale.dashboards.recipes import AGE_COLOURS, GOODPUT, OVER_RANKS, WAITING_COLOURS, by_class, events, over, stat
+from hopescale.dashboards.recipes import (
+    AGE_COLOURS,
+    GOODPUT,
+    OVER_RANKS,
+    WAITING_COLOURS,
+    by_class,
+    events,
+    in_all,
+    over,
+    stat,
+)
 
 OVERVIEW = Board(
     dashboard="overview",
@@ -334,7 +345,7 @@ RELIABILITY = Board(
                     "Time by class",
                     "What time goes into; that between two incarnations counts at the restart.",
                     "percentunit",
-                    by_class("rate", "$__rate_interval"),
+                    by_class(rate),
                     width=12,
                     height=9,
                     shares=True,
@@ -344,7 +355,7 @@ RELIABILITY = Board(
                     "Time by class, in all",
                     "What the time shown went into.",
                     "s",
-                    by_class("increase", "$__range"),
+                    by_class(in_all),
                     kind="gauges",
                     width=7,
                     height=9,

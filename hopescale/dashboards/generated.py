@@ -28,12 +28,28 @@ def panel_of(metric: Metric) -> Panel:
         moment = _words(metric.key.removesuffix(TIMESTAMP))
         return _panel(metric, f"time() - {metric.name}", "s", legend=legend, title=f"Time since {moment}", low=0)
     if metric.kind == "counter" and metric.unit in FLOWS:
-        return _panel(metric, f"rate({metric.name}[$__rate_interval])", FLOWS[metric.unit], legend=legend, low=0)
+        return _panel(metric, rate(metric), FLOWS[metric.unit], legend=legend, low=0)
     if metric.kind == "counter":
         promql = f"increase({metric.name}[$__rate_interval])"
         return _panel(metric, promql, "locale", legend=legend, kind="bars", low=0)
-    rate = f"suffix:{metric.unit}" if metric.unit.endswith("/s") else "locale"
-    return _panel(metric, metric.name, GAUGES.get(metric.unit, rate), legend=legend)
+    counted = f"suffix:{metric.unit}" if metric.unit.endswith("/s") else "locale"
+    return _panel(metric, metric.name, GAUGES.get(metric.unit, counted), legend=legend)
+
+
+def rate(metric: Metric, selector: str = "") -> str:
+    """A counter's rate, without a number where a resume sets it back: all that it counts would be taken for new."""
+    series = f"{metric.name}{selector}[$__rate_interval]"
+    return f"rate({series}) unless resets({series}) > 0" if metric.rewinds else f"rate({series})"
+
+
+def total(metric: Metric, series: str) -> str:
+    """What a counter has counted in the time shown; where a resume set it back, less what that undid.
+
+    Args:
+        metric: the counter.
+        series: its series and their window, in PromQL.
+    """
+    return f"clamp_min(delta({series}), 0)" if metric.rewinds else f"increase({series})"
 
 
 def _panel(metric: Metric, promql: str, unit: str, *, legend: str, title: str = "", **more) -> Panel:

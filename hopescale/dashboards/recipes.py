@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from hopescale.dashboards.generated import total
 from hopescale.dashboards.panel import Colour, Panel, Query
+from hopescale.metrics.catalog import by_key
+from hopescale.metrics.metric import Metric
 from hopescale.metrics.reliability_metrics import TIME_CLASSES
 
 Colours = tuple[tuple[float | None, Colour], ...]
@@ -44,23 +49,33 @@ def events(title: str, description: str, key: str) -> Panel:
 
     Where a run comes back on another node, the series there begins at the old total, which is no increase of its own.
     """
-    promql = f"increase((max by (cluster, run) (hopescale_{key}))[$__range:$__interval])"
+    metric = by_key(key)
+    promql = total(metric, f"(max by (cluster, run) ({metric.name}))[$__range:$__interval]")
     return stat(title, description, "locale", promql, ((None, "green"), (0.5, "orange")), decimals=0)
 
 
-def by_class(function: str, window: str) -> tuple[Query, ...]:
-    """The time that each class took, what counts first: the bottom of a stack is read best."""
+def by_class(promql: Callable[[Metric, str], str]) -> tuple[Query, ...]:
+    """The time that each class took, what counts first: the bottom of a stack is read best.
+
+    Args:
+        promql: of the metric and a selector of its series.
+    """
+    seconds = by_key("goodput_seconds_total")
     classes = sorted(TIME_CLASSES, key=lambda kind: kind != "step")
-    return tuple(
-        Query(f'{function}(hopescale_goodput_seconds_total{{kind="{kind}"}}[{window}])', "{{run}} {{kind}}")
-        for kind in classes
-    )
+    return tuple(Query(promql(seconds, f'{{kind="{kind}"}}'), "{{run}} {{kind}}") for kind in classes)
+
+
+def in_all(metric: Metric, selector: str) -> str:
+    """What a counter has counted in the time shown, in one number a series."""
+    return total(metric, f"{metric.name}{selector}[$__range]")
 
 
 def over(key: str, time_key: str) -> str:
     """The rate of a counter by another one that moves at the same log steps, whose steps the quotient does not have."""
-    rates = [f"sum by (cluster, run) (rate(hopescale_{one}[$__rate_interval]))" for one in (key, time_key)]
-    return " / ".join(rates)
+    both = (by_key(key), by_key(time_key))
+    quotient = " / ".join(f"sum by (cluster, run) (rate({one.name}[$__rate_interval]))" for one in both)
+    set_back = [f" unless on (cluster, run) resets({one.name}[$__rate_interval]) > 0" for one in both if one.rewinds]
+    return quotient + "".join(set_back)
 
 
 GOODPUT = stat(

@@ -36,6 +36,7 @@ _PROGRESS = shown_on(
     Metric(
         key="attempted_steps_total",
         kind="counter",
+        rewinds=True,
         unit="steps",
         reduction="global",
         help="Steps tried, skipped ones included.",
@@ -43,6 +44,7 @@ _PROGRESS = shown_on(
     Metric(
         key="clips_total",
         kind="counter",
+        rewinds=True,
         unit="clips",
         reduction="global",
         help="Clips consumed by all ranks since the first step of the run.",
@@ -297,6 +299,7 @@ _CONTINUUM_MEMORY = shown_on(
     Metric(
         key="cms_parameter_steps_total",
         kind="counter",
+        rewinds=True,
         unit="steps",
         labels=("level",),
         reduction="global",

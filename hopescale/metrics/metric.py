@@ -24,6 +24,8 @@ class Metric:
         help: one sentence.
         labels: Prometheus label names.
         label_values: the values of the one label where they are fixed in code; those of `OF_THE_RUN` come from the run.
+        rewinds: a counter that a resume sets back to what the checkpoint says, which Prometheus would take for a new
+            count from 0.
         overall: may also be recorded without its label: key alone in `metrics.jsonl`, label value `all` in Prometheus.
         reduction: over ranks: `mean` = sum / count, `rms` = its root, where squares are summed up, `sum`, `rank` = kept
             per rank (files hold the mean), `global` = the same on all ranks, taken from rank 0.
@@ -37,6 +39,7 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     label_values: tuple[str, ...] = ()
+    rewinds: bool = False
     overall: bool = False
     reduction: Reduction
     record: Record = "train"

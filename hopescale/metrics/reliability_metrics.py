@@ -22,6 +22,7 @@ RELIABILITY_METRICS: tuple[Metric, ...] = shown_on(
     Metric(
         key="nonfinite_steps_total",
         kind="counter",
+        rewinds=True,
         unit="steps",
         reduction="global",
         help="Steps skipped because a gradient was not finite; their clips are consumed, nothing else moves.",
@@ -69,6 +70,7 @@ RELIABILITY_METRICS: tuple[Metric, ...] = shown_on(
     Metric(
         key="goodput_seconds_total",
         kind="counter",
+        rewinds=True,
         unit="seconds",
         labels=("kind",),
         label_values=TIME_CLASSES,

@@ -47,6 +47,12 @@ def metric(**fields: Any) -> Metric:
             "locale",
             "increase(hopescale_tide_total[$__rate_interval])",
         ),
+        (
+            {"key": "tide_total", "unit": "clips", "kind": "counter", "rewinds": True},
+            "lines",
+            "suffix:clips/s",
+            "rate(hopescale_tide_total[$__rate_interval]) unless resets(hopescale_tide_total[$__rate_interval]) > 0",
+        ),
         ({"record": "info", "labels": ("version",)}, "table", "short", "hopescale_tide"),
     ],
 )

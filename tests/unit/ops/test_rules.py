@@ -208,6 +208,7 @@ class Mutation:
 
 GONE = "the whole job is stopped"
 ENDED = "a run that ends in good order"
+GIVEN_UP = "a run that never steps"
 AGAIN = "a run that waits two hours for its turn"
 
 MUTATIONS = [
@@ -226,6 +227,9 @@ MUTATIONS = [
     Mutation("run:hopescale_stall_threshold_seconds", NEWEST, "a job that is gone after"),
     Mutation("run:hopescale_starting_nodes:count", " == 1 -> >= 0", GONE),
     Mutation("HopescaleNotStarted", AT_ONCE, "a run that does not get to its first step"),
+    Mutation("HopescaleNotStarted", NEWEST, GIVEN_UP),
+    Mutation("HopescaleNotStarted", JOIN, GIVEN_UP),
+    Mutation("HopescaleNotStarted", "last_step_timestamp_seconds -> step", "a run that does not get to its first step"),
     Mutation("HopescaleExporterDown", AT_ONCE, GONE),
     Mutation("HopescaleRankMissing", NEWEST, GONE),
     Mutation("HopescaleRankMissing", JOIN, ENDED),
@@ -240,10 +244,11 @@ MUTATIONS = [
     Mutation("HopescaleNonFiniteSteps", NEWEST, "a run that skipped steps dies"),
     Mutation("HopescaleNonFiniteSteps", JOIN, "a run that skipped steps ends"),
     Mutation("HopescaleNonFiniteSteps", "min_over -> max_over", "two steps are skipped"),
-    Mutation("HopescaleDataWait", NEWEST, "the first batches"),
+    Mutation("run:hopescale_data_wait_ratio", NEWEST, "the first batches"),
+    Mutation("run:hopescale_data_wait_ratio", "[2h] -> [10m]", "data comes slowly to a run that logs"),
     Mutation("HopescaleDataWait", JOIN, "the first batches"),
     Mutation("HopescaleDataWait", AT_ONCE, "the first batches"),
-    Mutation("run:hopescale_reader_wait_seconds_total:avg", "hopescale_ranks -> up", "data comes slowly"),
+    Mutation("run:hopescale_reader_wait_seconds_total:avg", "hopescale_ranks -> up", "data comes slowly for"),
     Mutation("HopescaleGoodputLow", NEWEST, "half of the time"),
     Mutation("HopescaleGoodputLow", JOIN, "half of the time"),
     Mutation("HopescaleGoodputLow", AT_ONCE, "half of the time"),
