@@ -121,6 +121,15 @@ install_torch() {
 
 # prepare_environment EXTRA...: .venv holds hopescale, editable, with these extras and those of earlier calls.
 prepare_environment() {
+  # Machines that share this folder may come at the same time. One that may not write here has nothing to install either.
+  if [ -w "$REPO_ROOT" ] && command -v flock >/dev/null; then
+    (flock 9 && bring_up_to_date "$@") 9>"$VENV.lock"
+  else
+    bring_up_to_date "$@"
+  fi
+}
+
+bring_up_to_date() {
   export PIP_USER=0
   local fingerprint stamped='' extras='' torch_index='' extra missing=0
   if [ -f "$STAMP" ]; then

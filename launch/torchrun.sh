@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# Trains on several ranks of this machine and exits with the code of RUN/status.json.
-#   bash launch/torchrun.sh NUM_RANKS key=value ...
+# Trains on several ranks of this machine, or of several machines, and exits with the code of RUN/status.json.
+#
+#   bash launch/torchrun.sh NUM_RANKS [--node I/N --head ADDRESS:PORT] key=value ...
+#
+#   NUM_RANKS             ranks on each machine
+#   --node I/N            this is machine I of N, counted from 0; the same command runs on the others, with another I
+#   --head ADDRESS:PORT   of machine 0 as the others reach it, and a free port there
+#
+# Several machines need the same run.dir, on a file system that all of them share. Without Slurm nobody starts them again.
 #
 # Exit codes: 0 done, 2 a mistake in the configuration or the data, 75 stopped early with a checkpoint (start again with the
 # same run.dir), 71 no valid checkpoint, 72 diverged, 1 crashed. torchrun itself turns every code of a rank into 1.
@@ -8,21 +15,65 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-case ${1:-} in
-'' | *[!0-9]* | 0)
-  echo "usage: launch/torchrun.sh NUM_RANKS key=value ..." >&2
+refuse() {
+  printf 'launch/torchrun.sh: %s\n' "$*" >&2
   exit 2
+}
+case ${1:-} in --help | -h)
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit 0
   ;;
 esac
-num_ranks=$1
+usage='usage: launch/torchrun.sh NUM_RANKS [--node I/N --head ADDRESS:PORT] key=value ...'
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_RANKS=${1:-}: must be a whole number above 0. $usage"
+num_ranks=$1 node=0 nodes=1 head=
 shift
+while [[ ${1:-} == --* ]]; do
+  [ $# -gt 1 ] || refuse "$1 needs a value. $usage"
+  case $1 in
+  --node)
+    [[ $2 =~ ^([0-9]+)/([1-9][0-9]*)$ ]] && [ "${BASH_REMATCH[1]}" -lt "${BASH_REMATCH[2]}" ] ||
+      refuse "--node $2: must be I/N, of N machines the one numbered I from 0 to N-1, for example 0/2"
+    node=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[2]}
+    ;;
+  --head)
+    [[ $2 =~ ^(.+):([1-9][0-9]{0,4})$ ]] && [ "${BASH_REMATCH[2]}" -lt 65536 ] ||
+      refuse "--head $2: must be ADDRESS:PORT with a port from 1 to 65535, for example 10.0.0.5:29400"
+    head=$2
+    ;;
+  *) refuse "$1: is no option. $usage" ;;
+  esac
+  shift 2
+done
+
+# A name that leads to loopback would let every machine wait for the others at its own door. That of machine 0 may on itself.
+is_loopback() {
+  local name=${1%:*} addresses
+  name=${name#[} name=${name%]}
+  addresses=$(getent ahosts "$name" 2>/dev/null | cut -d ' ' -f 1 || true)
+  case ${addresses:-$name} in 127.* | ::1 | localhost) return 0 ;; esac
+  return 1
+}
+if [ "$nodes" = 1 ]; then
+  [ -z "$head" ] || refuse "--head $head: one machine meets nobody: leave it away, or give --node I/N"
+else
+  [ -n "$head" ] || refuse "--head is missing: $nodes machines need the address of machine 0 and a free port there"
+  case $head in 127.* | localhost:* | '[::1]'*) refuse "--head $head: $nodes machines cannot meet there" ;; esac
+  if [ "$node" != 0 ] && is_loopback "$head"; then
+    refuse "--head $head: leads to this machine itself, and this is not machine 0: mend name resolution, or give its address"
+  fi
+  case " $*" in
+  *' run.dir='*) ;;
+  *) refuse "run.dir is missing: $nodes machines need one folder on a file system that they share" ;;
+  esac
+fi
 
 prepare_environment prometheus tensorboard
 
 # Checks everything in one process, so that a mistake is told once and before any rank starts; prints the run folder, and
 # the one whose status to read, which of a dry run lies beside it.
 check_configuration() {
-  "$VENV/bin/python" - "$num_ranks" "$@" <<'PYTHON'
+  "$VENV/bin/python" - "$num_ranks" "$nodes" "$@" <<'PYTHON'
 import sys
 from pathlib import Path
 from hopescale.config.compose import load_config
@@ -31,10 +82,10 @@ from hopescale.errors import UserError, describe
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
 from hopescale.run_folder import make_run_folder
-num_ranks = int(sys.argv[1])
-launch = Launch(world_size=num_ranks, local_world_size=num_ranks)
+num_ranks, nodes = int(sys.argv[1]), int(sys.argv[2])
+launch = Launch(world_size=nodes * num_ranks, local_world_size=num_ranks)
 try:
-    config = load_config(sys.argv[2:])
+    config = load_config(sys.argv[3:])
     preflight(config, launch)
 except UserError as error:
     print(describe(error), file=sys.stderr)
@@ -69,27 +120,43 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ranks : 1))}
 # Ctrl-C reaches torchrun itself, which then gives ranks so many seconds to save; 30 without this.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-# Port 0 takes a free one. No restarts inside the job: ranks of a second attempt would find addresses of the first.
-"$VENV/bin/python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$num_ranks" --max-restarts 0 \
-  --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 -m hopescale.train "$@" &
+# Port 0 takes a free one.
+meeting=(--rdzv-endpoint 127.0.0.1:0)
+if [ "$nodes" != 1 ]; then
+  # torchrun takes the machine for the meeting place whose own name leads to its address, which not every machine's does.
+  meeting=(--rdzv-endpoint "$head" --rdzv-conf "is_host=$((node == 0 ? 1 : 0))")
+fi
+# Whoever is left of an earlier start expects another id. No restarts inside the job: ranks of a second attempt would find
+# addresses of the first.
+"$VENV/bin/python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$num_ranks" --max-restarts 0 \
+  --rdzv-backend c10d --rdzv-id "${run##*/}-after-${before:-none}" "${meeting[@]}" -m hopescale.train "$@" &
 launcher=$!
 # Rank 0 looks for this file once a second; a second signal is for whoever does not want to wait.
 # shellcheck disable=SC2329 # a trap calls it
 stop() {
-  if [ -e "$run/stop" ]; then
+  if [ "$told" = 1 ]; then
     kill -TERM "$launcher" 2>/dev/null || true
   else
+    told=1
     touch "$run/stop"
     echo "told to stop: asking for a checkpoint" >&2
   fi
 }
+told=0
 trap stop INT TERM
 # A trapped signal ends `wait` early, so it is asked until the launcher is gone.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
 
 # A dry run that does well leaves nothing.
 if [ "$speaking" != "$run" ] && wait "$launcher"; then exit 0; fi
-state=$(status_field "$speaking" state) code=$(status_field "$speaking" code)
+state=$(status_field "$speaking" state)
+# Another machine writes it, and a shared file system takes its time to show it here.
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  if [ "$nodes" = 1 ] || { [ -n "$state" ] && [ "$state" != running ]; }; then break; fi
+  sleep 1
+  state=$(status_field "$speaking" state)
+done
+code=$(status_field "$speaking" code)
 if [ "$(status_field "$speaking" incarnation)" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
   echo "crashed: $speaking/status.json is missing, old, or still says running" >&2
   exit 1
