@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -20,7 +21,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from omegaconf import DictConfig
 
+from hopescale.config import compose
 from tests.forked import Forked, ForkServer
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +87,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown:
         raise pytest.UsageError(f"HOPESCALE_REQUIRE names {sorted(unknown)}; known are {sorted(CAPABILITIES)}")
     torch.set_num_threads(1)
+    _compose_once()
+
+
+def _compose_once() -> None:
+    """Let a process read the YAML files of a composition once; they do not change while tests run.
+
+    Thousands of tests ask for few compositions, of which each takes Hydra a tenth of a second.
+    """
+    original, composed = compose.compose, dict[tuple[str, ...], DictConfig]()
+
+    def remembered(name: str, picks: list[str]) -> DictConfig:
+        key = (str(compose.configs_folder()), name, *picks)
+        if key not in composed:
+            composed[key] = original(name, picks)
+        return copy.deepcopy(composed[key])
+
+    compose.compose = remembered
 
 
 def _required_kinds(item: pytest.Item) -> list[str]:
