@@ -119,47 +119,71 @@ install_torch() {
   printf '%s\n' "$index" >"$VENV/.torch-index"
 }
 
-# prepare_environment EXTRA...: .venv holds hopescale, editable, with these extras and those of earlier calls.
-prepare_environment() {
-  # Machines that share this folder may come at the same time. One that may not write here has nothing to install either.
-  if [ -w "$REPO_ROOT" ] && command -v flock >/dev/null; then
-    (flock 9 && bring_up_to_date "$@") 9>"$VENV.lock"
-  else
-    bring_up_to_date "$@"
-  fi
-}
+# stamped LINE: of what the last installation left: fingerprint, extras, folder.
+stamped() { [ ! -f "$STAMP" ] || sed -n "$1p" "$STAMP"; }
 
-bring_up_to_date() {
-  export PIP_USER=0
-  local fingerprint stamped='' extras='' torch_index='' extra missing=0
-  if [ -f "$STAMP" ]; then
-    { read -r stamped && read -r extras; } <"$STAMP" || true
-    if [ "$(sed -n 3p "$STAMP")" != "$REPO_ROOT" ]; then
-      say "$VENV was made in another folder: building it anew"
-      rm -rf "$VENV"
-      stamped='' extras=''
-    fi
-  fi
-  "$VENV/bin/python" -c 'import pip' 2>/dev/null || create_venv
-  [ ! -f "$VENV/.torch-index" ] || torch_index=$(<"$VENV/.torch-index")
-
+# with_stamped_extras EXTRA...: these and those of earlier calls, comma-separated.
+with_stamped_extras() {
+  local extras extra
+  extras=$(stamped 2)
   for extra in "$@"; do
     case ",$extras," in
     *",$extra,"*) ;;
-    *) extras=${extras:+$extras,}$extra missing=1 ;;
+    *) extras=${extras:+$extras,}$extra ;;
     esac
   done
-  fingerprint=$(environment_fingerprint)
-  if [ "$missing" = 0 ] && [ "$fingerprint" = "$stamped" ] && [ "${TORCH_INDEX:-$torch_index}" = "$torch_index" ]; then
-    return 0
-  fi
+  printf '%s\n' "$extras"
+}
 
+is_prepared() {
+  local torch_index=''
+  [ "$(stamped 3)" = "$REPO_ROOT" ] && "$VENV/bin/python" -c 'import pip' 2>/dev/null || return 1
+  [ ! -f "$VENV/.torch-index" ] || torch_index=$(<"$VENV/.torch-index")
+  [ "$(with_stamped_extras "$@")" = "$(stamped 2)" ] && [ "$(environment_fingerprint)" = "$(stamped 1)" ] &&
+    [ "${TORCH_INDEX:-$torch_index}" = "$torch_index" ]
+}
+
+# Until this shell ends. Machines that share this folder may come at the same time; not every one can lock files.
+lock_installation() {
+  local code=0
+  command -v flock >/dev/null && { : >>"$VENV.lock"; } 2>/dev/null || return 0
+  exec 9>>"$VENV.lock"
+  flock --nonblock 9 2>/dev/null || code=$?
+  case $code in
+  0) ;;
+  1)
+    say "waiting for somebody else who installs into $VENV"
+    flock 9
+    ;;
+  *) say "$VENV.lock cannot be locked on this file system: let nobody else install into $VENV now" ;;
+  esac
+}
+
+install_environment() {
+  local extras
+  if [ -f "$STAMP" ] && [ "$(stamped 3)" != "$REPO_ROOT" ]; then
+    say "$VENV was made in another folder: building it anew"
+    rm -rf "$VENV"
+  fi
+  "$VENV/bin/python" -c 'import pip' 2>/dev/null || create_venv
+  extras=$(with_stamped_extras "$@")
   rm -f "$STAMP"
   install_torch
   printf 'torch==%s\n' "$(installed_torch)" >"$VENV/constraints.txt"
   say "installing hopescale[$extras]"
   (cd "$REPO_ROOT" && venv_pip install --quiet -c "$VENV/constraints.txt" -e ".[$extras]") ||
     die "pip could not install hopescale[$extras], see above."
-  printf '%s\n%s\n%s\n' "$fingerprint" "$extras" "$REPO_ROOT" >"$STAMP"
+  printf '%s\n%s\n%s\n' "$(environment_fingerprint)" "$extras" "$REPO_ROOT" >"$STAMP"
   say "ready: torch $(installed_torch), hopescale[$extras]"
+}
+
+# prepare_environment EXTRA...: .venv holds hopescale, editable, with these extras and those of earlier calls.
+prepare_environment() {
+  export PIP_USER=0
+  ! is_prepared "$@" || return 0
+  (
+    lock_installation
+    # Whoever had the lock may have done it.
+    is_prepared "$@" || install_environment "$@"
+  )
 }

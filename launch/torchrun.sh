@@ -7,10 +7,12 @@
 #   --node I/N            this is machine I of N, counted from 0; the same command runs on the others, with another I
 #   --head ADDRESS:PORT   of machine 0 as the others reach it, and a free port there
 #
-# Several machines need the same run.dir, on a file system that all of them share. Without Slurm nobody starts them again.
+# Several machines need the same run.dir, on a file system that all of them share; a repository that they share must have the
+# same path on each. Without Slurm nobody starts them again. Rank 0, which prints, may be on any of them.
 #
 # Exit codes: 0 done, 2 a mistake in the configuration or the data, 75 stopped early with a checkpoint (start again with the
-# same run.dir), 71 no valid checkpoint, 72 diverged, 1 crashed. torchrun itself turns every code of a rank into 1.
+# same run.dir), 71 no valid checkpoint, 72 diverged, 1 crashed, or machines that do not fit together.
+# torchrun itself turns every code of a rank into 1.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,26 +22,27 @@ refuse() {
   exit 2
 }
 case ${1:-} in --help | -h)
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  sed -n '2,/^# same run.dir/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
   ;;
 esac
 usage='usage: launch/torchrun.sh NUM_RANKS [--node I/N --head ADDRESS:PORT] key=value ...'
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_RANKS=${1:-}: must be a whole number above 0. $usage"
-num_ranks=$1 node=0 nodes=1 head=
+num_ranks=$1 node=0 nodes=1 is_numbered=0 head=
 shift
 while [[ ${1:-} == --* ]]; do
   [ $# -gt 1 ] || refuse "$1 needs a value. $usage"
   case $1 in
   --node)
-    [[ $2 =~ ^([0-9]+)/([1-9][0-9]*)$ ]] && [ "${BASH_REMATCH[1]}" -lt "${BASH_REMATCH[2]}" ] ||
+    [[ $2 =~ ^(0|[1-9][0-9]*)/([1-9][0-9]*)$ ]] && [ "${BASH_REMATCH[1]}" -lt "${BASH_REMATCH[2]}" ] ||
       refuse "--node $2: must be I/N, of N machines the one numbered I from 0 to N-1, for example 0/2"
-    node=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[2]}
+    node=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[2]} is_numbered=1
     ;;
   --head)
     [[ $2 =~ ^(.+):([1-9][0-9]{0,4})$ ]] && [ "${BASH_REMATCH[2]}" -lt 65536 ] ||
       refuse "--head $2: must be ADDRESS:PORT with a port from 1 to 65535, for example 10.0.0.5:29400"
-    head=$2
+    head=$2 host=${BASH_REMATCH[1]}
+    host=${host#\[} host=${host%\]}
     ;;
   *) refuse "$1: is no option. $usage" ;;
   esac
@@ -48,18 +51,17 @@ done
 
 # A name that leads to loopback would let every machine wait for the others at its own door. That of machine 0 may on itself.
 is_loopback() {
-  local name=${1%:*} addresses
-  name=${name#[} name=${name%]}
-  addresses=$(getent ahosts "$name" 2>/dev/null | cut -d ' ' -f 1 || true)
-  case ${addresses:-$name} in 127.* | ::1 | localhost) return 0 ;; esac
-  return 1
+  local addresses
+  addresses=$(getent ahosts "$1" 2>/dev/null | cut -d ' ' -f 1 || true)
+  ! grep -qvE '^(127\.|::1$|localhost$)' <<<"${addresses:-$1}"
 }
 if [ "$nodes" = 1 ]; then
-  [ -z "$head" ] || refuse "--head $head: one machine meets nobody: leave it away, or give --node I/N"
+  [ "$is_numbered" = 0 ] || refuse "--node 0/1: one machine meets nobody: leave it away"
+  [ -z "$head" ] || refuse "--head $head: --node I/N is missing: which machine of how many this is"
 else
   [ -n "$head" ] || refuse "--head is missing: $nodes machines need the address of machine 0 and a free port there"
-  case $head in 127.* | localhost:* | '[::1]'*) refuse "--head $head: $nodes machines cannot meet there" ;; esac
-  if [ "$node" != 0 ] && is_loopback "$head"; then
+  case $host in 127.* | localhost | ::1) refuse "--head $head: $nodes machines cannot meet there" ;; esac
+  if [ "$node" != 0 ] && is_loopback "$host"; then
     refuse "--head $head: leads to this machine itself, and this is not machine 0: mend name resolution, or give its address"
   fi
   case " $*" in
@@ -120,46 +122,65 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ranks : 1))}
 # Ctrl-C reaches torchrun itself, which then gives ranks so many seconds to save; 30 without this.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+# The address by which the others reach this machine: its own name may lead nowhere there, or to loopback here.
+own_address() {
+  "$VENV/bin/python" - "$host" "${head##*:}" <<'PYTHON'
+import socket, sys
+family, kind, protocol, _, place = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
+with socket.socket(family, kind, protocol) as asked:
+    asked.connect(place)
+    print(asked.getsockname()[0])
+PYTHON
+}
 # Port 0 takes a free one.
 meeting=(--rdzv-endpoint 127.0.0.1:0)
 if [ "$nodes" != 1 ]; then
-  # torchrun takes the machine for the meeting place whose own name leads to its address, which not every machine's does.
-  meeting=(--rdzv-endpoint "$head" --rdzv-conf "is_host=$((node == 0 ? 1 : 0))")
+  own=$host
+  [ "$node" = 0 ] || own=$(own_address) || refuse "--head $head: no way leads there from this machine"
+  # torchrun would tell by names which machine the meeting place is. Minutes, because people start the machines.
+  meeting=(--rdzv-endpoint "$head" --rdzv-conf "is_host=$((node == 0 ? 1 : 0)),read_timeout=600" --local-addr "$own")
 fi
-# Whoever is left of an earlier start expects another id. No restarts inside the job: ranks of a second attempt would find
-# addresses of the first.
+# No restarts inside the job: ranks of a second attempt would find addresses of the first.
 "$VENV/bin/python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$num_ranks" --max-restarts 0 \
-  --rdzv-backend c10d --rdzv-id "${run##*/}-after-${before:-none}" "${meeting[@]}" -m hopescale.train "$@" &
+  --rdzv-backend c10d --rdzv-id "$nodes-by-hand" "${meeting[@]}" -m hopescale.train "$@" &
 launcher=$!
-# Rank 0 looks for this file once a second; a second signal is for whoever does not want to wait.
+# Whether the run has begun; a dry run has none.
+# shellcheck disable=SC2329 # a trap calls what calls it
+has_begun() { [ "$speaking" = "$run" ] && [ "$(status_field "$run" incarnation)" != "$before" ]; }
+# Rank 0 looks for this file once a second; a second signal is for whoever does not want to wait. Before the run has begun
+# there is nothing to save, and the file would stop the next start.
 # shellcheck disable=SC2329 # a trap calls it
 stop() {
-  if [ "$told" = 1 ]; then
+  if [ "$told" = 1 ] || ! has_begun; then
     kill -TERM "$launcher" 2>/dev/null || true
   else
-    told=1
     touch "$run/stop"
     echo "told to stop: asking for a checkpoint" >&2
   fi
+  told=1
 }
 told=0
 trap stop INT TERM
+[ "$nodes" = 1 ] || echo "machine $node of $nodes: waiting at $head for all of them to be started, for 10 minutes" >&2
 # A trapped signal ends `wait` early, so it is asked until the launcher is gone.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
 
 # A dry run that does well leaves nothing.
 if [ "$speaking" != "$run" ] && wait "$launcher"; then exit 0; fi
-state=$(status_field "$speaking" state)
 # Another machine writes it, and a shared file system takes its time to show it here.
 for _ in 1 2 3 4 5 6 7 8 9 10; do
-  if [ "$nodes" = 1 ] || { [ -n "$state" ] && [ "$state" != running ]; }; then break; fi
+  state=$(status_field "$speaking" state) incarnation=$(status_field "$speaking" incarnation)
+  if [ "$nodes" = 1 ] || { [ "$incarnation" != "$before" ] && [ "$state" != running ]; }; then break; fi
   sleep 1
-  state=$(status_field "$speaking" state)
 done
-code=$(status_field "$speaking" code)
-if [ "$(status_field "$speaking" incarnation)" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
+if [ "$incarnation" = "$before" ] && [ "$told" = 1 ]; then
+  echo "stopped before the run began" >&2
+  exit 1
+fi
+if [ "$incarnation" = "$before" ] || [ -z "$state" ] || [ "$state" = running ]; then
   echo "crashed: $speaking/status.json is missing, old, or still says running" >&2
   exit 1
 fi
+code=$(status_field "$speaking" code)
 echo "$state: $speaking" >&2
 exit "$code"

@@ -53,6 +53,15 @@ def _has_namespaces() -> bool:
         return False
 
 
+def _has_networks() -> bool:
+    """Whether this process may have networks and a host name of its own."""
+    try:
+        command = ["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"]
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "2ranks": lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     "grafana-sdk": _has_modules("grafana_foundation_sdk"),
@@ -66,6 +75,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
         "buildah", "podman", "runc", "catatonit", "mmdebstrap", "mksquashfs", "gcc", "/usr/include/slurm/spank.h"
     ),
     "namespaces": _has_namespaces,
+    "networks": _has_networks,
     "prometheus": _has_modules("prometheus_client"),
     "prometheus-server": _has_programs("prometheus", "promtool"),
     "remote": _has_modules("aiohttp", "fsspec"),

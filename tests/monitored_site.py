@@ -35,7 +35,6 @@ SECONDS = {
     "nonfinite_within": "8s",
     "data_wait_ratio": 0.5,
     "data_wait_over": "10s",
-    "data_wait_rarely": "1m",
     "data_wait_for": "2s",
     "goodput_ratio": 0.5,
     "goodput_over": "16s",

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -377,13 +378,18 @@ def test_entries_of_a_job_that_waits_go_and_those_of_one_that_failed_stay(
     assert sorted(p.name for p in folder.iterdir()) == sorted([*others, *(own if left else [])])
 
 
-def test_the_first_node_is_told_to_be_the_meeting_place_where_its_name_does_not_say_so(job: Job) -> None:
-    shown = job(nodes=2, env={"HOPESCALE_HEAD": "10.1.1.1", "HOPESCALE_DRY_RUN": "1"})
+def test_nodes_are_told_where_they_are_where_their_names_do_not_say_so(job: Job) -> None:
+    # What stands for the first node's address is this machine, where each of them would be reached at it.
+    shown = job(nodes=2, env={"HOPESCALE_HEAD": "127.0.1.7", "HOPESCALE_DRY_RUN": "1"})
+    assert shown.returncode == 2
+    shown = job(nodes=2, env={"HOPESCALE_HEAD": "0x7f000107", "HOPESCALE_PYTHON": sys.executable, "HOPESCALE_DRY_RUN": "1"})
     words = shlex.split(shown.stdout)
-    shell = words.index("bash")
+    begin, end = words.index("bash"), words.index(sys.executable, words.index(sys.executable) + 1)
     # What each node runs, with its own number.
-    for node, expected in (("0", "is_host=1\n"), ("1", "is_host=0\n")):
-        wrapped = [*words[shell : shell + 4], "printenv", "PET_RDZV_CONF"]
+    for node, host in (("0", "1"), ("1", "0")):
+        wrapped = [*words[begin:end], "printenv", "PET_RDZV_CONF", "PET_LOCAL_ADDR"]
         environment = {"PATH": os.environ["PATH"], "SLURM_NODEID": node}
-        assert subprocess.run(wrapped, env=environment, capture_output=True, text=True).stdout == expected
+        told = subprocess.run(wrapped, env=environment, capture_output=True, text=True, check=True).stdout
+        assert told.splitlines()[0] == f"is_host={host}"
+        assert told.splitlines()[1].startswith("127.")
     assert "bash" not in shlex.split(job(nodes=2, env={"HOPESCALE_DRY_RUN": "1"}).stdout)

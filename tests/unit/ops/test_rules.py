@@ -206,9 +206,9 @@ class Mutation:
         assert rule != before, f"{self} changes nothing"
 
 
+LATER = "all ranks stop, and later"
 GONE = "the whole job is stopped"
 ENDED = "a run that ends in good order"
-GIVEN_UP = "a run that never steps"
 AGAIN = "a run that waits two hours for its turn"
 
 MUTATIONS = [
@@ -221,15 +221,16 @@ MUTATIONS = [
     Mutation("run:hopescale_last_step_timestamp_seconds:max", "max by -> min by", "a node cannot be seen"),
     Mutation("run:hopescale_log_pause_seconds", "> 0 -> >= 0", "while no pause is known"),
     Mutation("run:hopescale_stall_threshold_seconds", "2 * -> 1 *", "a run that logs every 20 minutes"),
-    Mutation("run:hopescale_stall_threshold_seconds", "600, 3600 -> 600, 36000", "all ranks stop"),
+    Mutation("run:hopescale_stall_threshold_seconds", "600, 3600 -> 600, 36000", "all ranks stop while"),
     Mutation("run:hopescale_stall_threshold_seconds", "600, 3600 -> 60, 3600", "a first evaluation"),
     Mutation("run:hopescale_stall_threshold_seconds", "+ 3600 -> + 600", "while no pause is known"),
     Mutation("run:hopescale_stall_threshold_seconds", NEWEST, "a job that is gone after"),
     Mutation("run:hopescale_starting_nodes:count", " == 1 -> >= 0", GONE),
+    Mutation("run:hopescale_starting_nodes:count", "2m -> 15s", "a job that has waited"),
+    Mutation("run:hopescale_starting_nodes:count", "max_over_time -> min_over_time", "a run that never steps"),
+    Mutation("run:hopescale_starting_nodes:count", JOIN, "a run that never steps"),
+    Mutation("run:hopescale_starting_nodes:count", "last_over_time(hopescale_last_step_timestamp_seconds[2m]) -> hopescale_last_step_timestamp_seconds", LATER),
     Mutation("HopescaleNotStarted", AT_ONCE, "a run that does not get to its first step"),
-    Mutation("HopescaleNotStarted", NEWEST, GIVEN_UP),
-    Mutation("HopescaleNotStarted", JOIN, GIVEN_UP),
-    Mutation("HopescaleNotStarted", "last_step_timestamp_seconds -> step", "a run that does not get to its first step"),
     Mutation("HopescaleExporterDown", AT_ONCE, GONE),
     Mutation("HopescaleRankMissing", NEWEST, GONE),
     Mutation("HopescaleRankMissing", JOIN, ENDED),
@@ -244,9 +245,9 @@ MUTATIONS = [
     Mutation("HopescaleNonFiniteSteps", NEWEST, "a run that skipped steps dies"),
     Mutation("HopescaleNonFiniteSteps", JOIN, "a run that skipped steps ends"),
     Mutation("HopescaleNonFiniteSteps", "min_over -> max_over", "two steps are skipped"),
-    Mutation("run:hopescale_data_wait_ratio", NEWEST, "the first batches"),
-    Mutation("run:hopescale_data_wait_ratio", "[2h] -> [10m]", "data comes slowly to a run that logs"),
-    Mutation("HopescaleDataWait", JOIN, "the first batches"),
+    Mutation("run:hopescale_data_wait_ratio", JOIN, "the first batches"),
+    Mutation("run:hopescale_data_wait_ratio", STARTS, "data comes slowly, the job crashes"),
+    Mutation("run:hopescale_data_wait_ratio", "or last_over_time -> or 0 * last_over_time", "data comes slowly to a run that"),
     Mutation("HopescaleDataWait", AT_ONCE, "the first batches"),
     Mutation("run:hopescale_reader_wait_seconds_total:avg", "hopescale_ranks -> up", "data comes slowly for"),
     Mutation("HopescaleGoodputLow", NEWEST, "half of the time"),
