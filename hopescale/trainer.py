@@ -225,7 +225,6 @@ class Trainer:
         for branch, weight in self.curriculum.objective.weights.items():
             recorder.set("objective_weight", weight, kind=branch)
         figures = recorder.flush(state.step)
-        self.account.tell(state.step)
         if "curriculum_surprise" in figures:
             self.curriculum.see(state.step, figures["curriculum_surprise"])
 
@@ -236,6 +235,8 @@ class Trainer:
         recorder.set("attempted_steps_total", state.attempted_steps)
         recorder.set("nonfinite_steps_total", state.skipped_steps)
         recorder.set("clips_total", state.attempted_steps * self.config.train.global_batch)
+        # Written down before it is shown, so that a crash takes nothing back.
+        self.account.tell(state.step)
         record_survival(recorder, self.account, self.attempt.run.path, self.failed_saves, self.world_size)
 
     def score(self) -> None:

@@ -24,7 +24,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WINDOW = re.compile(r"\[([^\]]*)\]")
 _ALLOWED_WINDOWS = {"$__rate_interval", "$__range", "$__range:$__interval"}
 _OF_TOTALS = {"rate", "irate", "increase"}
-_OF_REWOUND = {"rate", "resets", "delta"}
+_OF_REWOUND = {"rate", "resets", "sum_over_time"}
 _WORD_BEFORE = re.compile(r"(\w+)\s*$")
 
 

@@ -6,7 +6,6 @@ and so on are added.
 
 from __future__ import annotations
 
-from hopescale.dashboards.generated import rate
 from hopescale.dashboards.panel import Board, Mark, Panel, Query, Section
 from hopescale.dashboards.recipes import (
     AGE_COLOURS,
@@ -15,7 +14,6 @@ from hopescale.dashboards.recipes import (
     WAITING_COLOURS,
     by_class,
     events,
-    in_all,
     over,
     stat,
 )
@@ -345,7 +343,7 @@ RELIABILITY = Board(
                     "Time by class",
                     "What time goes into; that between two incarnations counts at the restart.",
                     "percentunit",
-                    by_class(rate),
+                    by_class("rate", "$__rate_interval"),
                     width=12,
                     height=9,
                     shares=True,
@@ -355,7 +353,7 @@ RELIABILITY = Board(
                     "Time by class, in all",
                     "What the time shown went into.",
                     "s",
-                    by_class(in_all),
+                    by_class("increase", "$__range"),
                     kind="gauges",
                     width=7,
                     height=9,

@@ -42,16 +42,6 @@ def rate(metric: Metric, selector: str = "") -> str:
     return f"rate({series}) unless resets({series}) > 0" if metric.rewinds else f"rate({series})"
 
 
-def total(metric: Metric, series: str) -> str:
-    """What a counter has counted in the time shown; where a resume set it back, less what that undid.
-
-    Args:
-        metric: the counter.
-        series: its series and their window, in PromQL.
-    """
-    return f"clamp_min(delta({series}), 0)" if metric.rewinds else f"increase({series})"
-
-
 def _panel(metric: Metric, promql: str, unit: str, *, legend: str, title: str = "", **more) -> Panel:
     title = title or _words(metric.key.removesuffix("_total"))
     title = title[0].upper() + title[1:]

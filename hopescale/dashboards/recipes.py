@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from hopescale.dashboards.generated import total
 from hopescale.dashboards.panel import Colour, Panel, Query
 from hopescale.metrics.catalog import by_key
-from hopescale.metrics.metric import Metric
 from hopescale.metrics.reliability_metrics import TIME_CLASSES
 
 Colours = tuple[tuple[float | None, Colour], ...]
@@ -45,29 +41,26 @@ def stat(
 
 
 def events(title: str, description: str, key: str) -> Panel:
-    """Events in the time shown, counted by the maximum over nodes.
+    """Events in the time shown, counted by the maximum over nodes; one that a resume undid and that comes again is two.
 
     Where a run comes back on another node, the series there begins at the old total, which is no increase of its own.
     """
     metric = by_key(key)
-    promql = total(metric, f"(max by (cluster, run) ({metric.name}))[$__range:$__interval]")
+    events = f"max by (cluster, run) ({metric.name})"
+    promql = f"increase(({events})[$__range:$__interval])"
+    if metric.rewinds:
+        risen = f"{events} - {events.replace(metric.name, f'{metric.name} offset $__interval')}"
+        promql = f"sum_over_time(clamp_min({risen}, 0)[$__range:$__interval])"
     return stat(title, description, "locale", promql, ((None, "green"), (0.5, "orange")), decimals=0)
 
 
-def by_class(promql: Callable[[Metric, str], str]) -> tuple[Query, ...]:
-    """The time that each class took, what counts first: the bottom of a stack is read best.
-
-    Args:
-        promql: of the metric and a selector of its series.
-    """
-    seconds = by_key("goodput_seconds_total")
+def by_class(function: str, window: str) -> tuple[Query, ...]:
+    """The time that each class took, what counts first: the bottom of a stack is read best."""
     classes = sorted(TIME_CLASSES, key=lambda kind: kind != "step")
-    return tuple(Query(promql(seconds, f'{{kind="{kind}"}}'), "{{run}} {{kind}}") for kind in classes)
-
-
-def in_all(metric: Metric, selector: str) -> str:
-    """What a counter has counted in the time shown, in one number a series."""
-    return total(metric, f"{metric.name}{selector}[$__range]")
+    return tuple(
+        Query(f'{function}(hopescale_goodput_seconds_total{{kind="{kind}"}}[{window}])', "{{run}} {{kind}}")
+        for kind in classes
+    )
 
 
 def over(key: str, time_key: str) -> str:

@@ -70,7 +70,6 @@ RELIABILITY_METRICS: tuple[Metric, ...] = shown_on(
     Metric(
         key="goodput_seconds_total",
         kind="counter",
-        rewinds=True,
         unit="seconds",
         labels=("kind",),
         label_values=TIME_CLASSES,

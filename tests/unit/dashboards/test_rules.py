@@ -55,7 +55,10 @@ FILTERS = '{cluster=~"$cluster", run=~"$run"}'
         (lint.counters_are_rates, lambda d: change(d, "Loss", expr=f"hopescale_clips_total{FILTERS}")),
         (lint.counters_are_rates, lambda d: change(d, "Loss", expr=f"sum(hopescale_clips_total{FILTERS})")),
         (lint.counters_are_rates, lambda d: change(d, "Loss", expr=f"rate(hopescale_loss{FILTERS}[$__rate_interval])")),
-        (lint.counters_are_rates, lambda d: change(d, "Loss", expr=f"delta(hopescale_loss{FILTERS}[$__range])")),
+        (
+            lint.counters_are_rates,
+            lambda d: change(d, "Loss", expr=f"sum_over_time(hopescale_loss{FILTERS}[$__range])"),
+        ),
         (lint.counters_are_rates, lambda d: change(d, "Loss", expr=f"rate(hopescale_clips_total{FILTERS}[$__range])")),
         (
             lint.counters_are_rates,
@@ -63,7 +66,7 @@ FILTERS = '{cluster=~"$cluster", run=~"$run"}'
         ),
         (
             lint.counters_are_rates,
-            lambda d: change(d, "Loss", expr=f"delta(hopescale_restarts_total{FILTERS}[$__range])"),
+            lambda d: change(d, "Loss", expr=f"sum_over_time(hopescale_restarts_total{FILTERS}[$__range])"),
         ),
         (lint.windows_follow_the_time_shown, lambda d: change(d, "Loss", expr="rate(hopescale_clips_total[5m])")),
         (lint.numbers_are_measured, lambda d: change(d, "Loss", expr="hopescale_loss or vector(0)")),

@@ -382,7 +382,9 @@ def test_nodes_are_told_where_they_are_where_their_names_do_not_say_so(job: Job)
     # What stands for the first node's address is this machine, where each of them would be reached at it.
     shown = job(nodes=2, env={"HOPESCALE_HEAD": "127.0.1.7", "HOPESCALE_DRY_RUN": "1"})
     assert shown.returncode == 2
-    shown = job(nodes=2, env={"HOPESCALE_HEAD": "0x7f000107", "HOPESCALE_PYTHON": sys.executable, "HOPESCALE_DRY_RUN": "1"})
+    shown = job(
+        nodes=2, env={"HOPESCALE_HEAD": "0x7f000107", "HOPESCALE_PYTHON": sys.executable, "HOPESCALE_DRY_RUN": "1"}
+    )
     words = shlex.split(shown.stdout)
     begin, end = words.index("bash"), words.index(sys.executable, words.index(sys.executable) + 1)
     # What each node runs, with its own number.

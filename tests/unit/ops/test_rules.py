@@ -229,7 +229,11 @@ MUTATIONS = [
     Mutation("run:hopescale_starting_nodes:count", "2m -> 15s", "a job that has waited"),
     Mutation("run:hopescale_starting_nodes:count", "max_over_time -> min_over_time", "a run that never steps"),
     Mutation("run:hopescale_starting_nodes:count", JOIN, "a run that never steps"),
-    Mutation("run:hopescale_starting_nodes:count", "last_over_time(hopescale_last_step_timestamp_seconds[2m]) -> hopescale_last_step_timestamp_seconds", LATER),
+    Mutation(
+        "run:hopescale_starting_nodes:count",
+        "last_over_time(hopescale_last_step_timestamp_seconds[2m]) -> hopescale_last_step_timestamp_seconds",
+        LATER,
+    ),
     Mutation("HopescaleNotStarted", AT_ONCE, "a run that does not get to its first step"),
     Mutation("HopescaleExporterDown", AT_ONCE, GONE),
     Mutation("HopescaleRankMissing", NEWEST, GONE),
@@ -247,7 +251,9 @@ MUTATIONS = [
     Mutation("HopescaleNonFiniteSteps", "min_over -> max_over", "two steps are skipped"),
     Mutation("run:hopescale_data_wait_ratio", JOIN, "the first batches"),
     Mutation("run:hopescale_data_wait_ratio", STARTS, "data comes slowly, the job crashes"),
-    Mutation("run:hopescale_data_wait_ratio", "or last_over_time -> or 0 * last_over_time", "data comes slowly to a run that"),
+    Mutation(
+        "run:hopescale_data_wait_ratio", "or last_over_time -> or 0 * last_over_time", "data comes slowly to a run that"
+    ),
     Mutation("HopescaleDataWait", AT_ONCE, "the first batches"),
     Mutation("run:hopescale_reader_wait_seconds_total:avg", "hopescale_ranks -> up", "data comes slowly for"),
     Mutation("HopescaleGoodputLow", NEWEST, "half of the time"),
