@@ -29,7 +29,7 @@ from hopescale.dry_run import forget, forget_earlier, rehearsal, rehearse
 from hopescale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_SUPERSEDED, ConfigError, Problem, UserError, describe
 from hopescale.evaluate import held_out_errors, summarise
 from hopescale.logs import log_to
-from hopescale.metrics.open import open_recorder
+from hopescale.metrics.open import open_recorder, serve_node
 from hopescale.model.build import build_predictor
 from hopescale.model.teaching import at_step
 from hopescale.optim.routing import routing_table
@@ -153,6 +153,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         attempt.say("running")
         account = Goodput(run.goodput if launch.is_first else None, attempt.incarnation, age=process_age())
         stack.enter_context(account.ending_aloud(lambda: attempt.step))
+        with Together():
+            entry = serve_node(config, attempt, launch, stack)
         check_agreement({"configuration": config_hash(config), "code": code_hash(), "data": data.fingerprint()})
         report_unread(config, data)
         if launch.is_first:
@@ -168,6 +170,8 @@ def train(config: Config, launch: Launch, device: torch.device, data: ClipReader
         with Together():
             recorder = open_recorder(config, attempt, launch, groups, state.step, device, stack)
         recorder.set("run_info", 1, **run_info(config, attempt))
+        if entry is not None:
+            entry.run_has_begun = True
         control = ControlWord(requests)
         trainer = Trainer(
             config=config,

@@ -163,7 +163,7 @@ class Trainer:
         if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             count, after = MAX_SKIPPED_IN_A_ROW, self.state.step
             rule = f"{count} steps in a row had gradients that are not finite, after step {after}"
-            fix = "lower optimizer.lr or optimizer.clip.max_norm, and go on from an earlier checkpoint"
+            fix = "start a new run with a lower optimizer.lr or optimizer.clip.max_norm"
             raise Diverged(Problem("optimizer.lr", self.config.optimizer.lr, rule, fix))
         return result
 

@@ -34,6 +34,46 @@ if TYPE_CHECKING:
     from hopescale.run_folder import Attempt, RunFolder
 
 
+def serve_node(config: Config, attempt: Attempt, launch: Launch, stack: ExitStack) -> DiscoveryEntry | None:
+    """Show a node's numbers to Prometheus: by an endpoint, named to its service discovery, or by a text file.
+
+    It comes before whatever may take long or never end, so that a start of which nothing comes is noticed.
+
+    Args:
+        config: of the run.
+        attempt: this incarnation and its run folder.
+        launch: which rank this is; the first of each node serves it.
+        stack: closes what is opened here.
+
+    Returns:
+        The node's entry in service discovery, to be told when the run begins; None without one.
+
+    Raises:
+        UserError: the endpoint's port, token or extra.
+        OSError: the run folder cannot be written.
+    """
+    folder = _rank_folder(config, attempt)
+    if folder is None or launch.local_rank != 0:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    run, node_rank, job = attempt.run, launch.rank // launch.local_world_size, read_job()
+    named = target_labels(config.cluster.name, run.path, socket.gethostname(), None if job is None else job.id)
+    log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
+    if config.metrics.textfile is not None:
+        textfile = Path(config.metrics.textfile)
+        stack.enter_context(TextfileSidecar(folder, textfile, named, node_rank, run=run.path, log_file=log_file))
+        return None
+    announced = endpoint_path(run.path, node_rank)
+    endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
+    assert endpoint is not None
+    stack.enter_context(endpoint)
+    if config.metrics.discovery is None:
+        return None
+    entries, start = Path(config.metrics.discovery), attempt.incarnation
+    entry = DiscoveryEntry(entries, endpoint.target, named, run=run.path, incarnation=start, node_rank=node_rank)
+    return stack.enter_context(entry)
+
+
 def open_recorder(
     config: Config,
     attempt: Attempt,
@@ -43,7 +83,7 @@ def open_recorder(
     device: torch.device,
     stack: ExitStack,
 ) -> Recorder:
-    """The recorder of this rank; the node's endpoint lives beside it where this rank serves it.
+    """The recorder of this rank, whose numbers `serve_node` shows.
 
     Args:
         config: of the run.
@@ -52,21 +92,17 @@ def open_recorder(
         groups: names of the optimizer's groups.
         start_step: step the run goes on from; records after it in metrics.jsonl are of a lost incarnation and are cut.
         device: of the figures that are added up.
-        stack: closes what is opened here, the recorder before the endpoint.
+        stack: closes what is opened here.
 
     Raises:
-        UserError: the endpoint's port, token or extra.
         OSError: the run folder cannot be written.
     """
-    run, rank_file = attempt.run, None
-    if config.metrics.listen != "off" or config.metrics.textfile is not None:
-        folder = rank_folder(run.path, socket.gethostname(), attempt.incarnation)
+    folder, rank_file = _rank_folder(config, attempt), None
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        if launch.local_rank == 0:
-            _serve_node(config, attempt, launch, folder, stack)
         rank_file = RankFile(folder, launch.rank)
     recorder = Recorder(
-        _sinks(config, run, start_step) if launch.is_first else [],
+        _sinks(config, attempt.run, start_step) if launch.is_first else [],
         rank=launch.rank,
         world_size=launch.world_size,
         all_reduce=dist.all_reduce,
@@ -78,30 +114,11 @@ def open_recorder(
     return recorder
 
 
-def _serve_node(config: Config, attempt: Attempt, launch: Launch, folder: Path, stack: ExitStack) -> None:
-    """Show this node's numbers to Prometheus: by an endpoint, named to its service discovery, or by a text file."""
-    run, node_rank, job = attempt.run, launch.rank // launch.local_world_size, read_job()
-    named = target_labels(config.cluster.name, run.path, socket.gethostname(), None if job is None else job.id)
-    log_file = run.logs / f"metrics-endpoint-{node_rank}.log"
-    if config.metrics.textfile is not None:
-        textfile = Path(config.metrics.textfile)
-        stack.enter_context(TextfileSidecar(folder, textfile, named, node_rank, run=run.path, log_file=log_file))
-        return
-    announced = endpoint_path(run.path, node_rank)
-    endpoint = PrometheusEndpoint.start(config.metrics, folder, log_file=log_file, endpoint_file=announced)
-    assert endpoint is not None
-    stack.enter_context(endpoint)
-    if config.metrics.discovery is not None:
-        stack.enter_context(
-            DiscoveryEntry(
-                Path(config.metrics.discovery),
-                endpoint.target,
-                named,
-                run=run.path,
-                incarnation=attempt.incarnation,
-                node_rank=node_rank,
-            )
-        )
+def _rank_folder(config: Config, attempt: Attempt) -> Path | None:
+    """Where ranks of this node leave their numbers; None where nobody asks for them."""
+    if config.metrics.listen == "off" and config.metrics.textfile is None:
+        return None
+    return rank_folder(attempt.run.path, socket.gethostname(), attempt.incarnation)
 
 
 def _sinks(config: Config, run: RunFolder, start_step: int) -> list[Sink]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.cache import write_bytes
 from hopescale.config.schema import Config
 from hopescale.errors import ConfigError, Problem, UserError
+from hopescale.metrics.sinks.prometheus import token_problem
 from hopescale.parallel.process_group import Launch
 from hopescale.preflight import preflight
 from hopescale.run_folder import make_run_folder
@@ -74,11 +75,41 @@ def check(config: Config) -> None:
             configuration.
     """
     if config.cluster.container is not None:
+        problems = list(_relative_in_container(config))
+        if problems:
+            raise ConfigError(problems)
         return
     nodes, ranks = config.cluster.nodes or 1, config.cluster.gpus_per_node or 1
     quiet = config.model_copy(update={"metrics": config.metrics.model_copy(update={"listen": "off"})})
-    for reader in preflight(quiet, Launch(world_size=nodes * ranks, local_world_size=ranks)):
-        reader.close()
+    problems = list(_missing_token(config))
+    try:
+        for reader in preflight(quiet, Launch(world_size=nodes * ranks, local_world_size=ranks)):
+            reader.close()
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+
+
+def _missing_token(config: Config) -> Iterator[Problem]:
+    """Where the job starts in the folder that this is; other places may be the nodes' own."""
+    token = config.metrics.token_file
+    if config.metrics.listen == "node" and token is not None and not Path(token).is_absolute():
+        problem = token_problem(config.metrics)
+        if problem is not None:
+            yield problem
+
+
+def _relative_in_container(config: Config) -> Iterator[Problem]:
+    """Paths that would be looked for in the run folder, where a container starts."""
+    paths = {"data.path": config.data.path, "metrics.discovery": config.metrics.discovery}
+    if config.metrics.listen == "node":
+        paths["metrics.token_file"] = config.metrics.token_file
+    for field, path in paths.items():
+        if path is not None and "://" not in path and not Path(path).is_absolute():
+            rule = f"must be absolute in a container (cluster.container={config.cluster.container})"
+            fix = f"name it by where it is in there, under a SOURCE:TARGET of cluster.mounts: {Path(path).absolute()}"
+            yield Problem(field, path, rule, fix)
 
 
 def _refuse_second_job(run: Path) -> None:

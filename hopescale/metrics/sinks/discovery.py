@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from data_pipeline.cache import write_bytes
+from data_pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class DiscoveryEntry:
         stem = file_stem(named, run)
         # The job script removes what its ranks could not, by this pattern.
         job = f"-job{named['slurm_job_id']}" if "slurm_job_id" in named else ""
+        self.run_has_begun = False
         self.path = folder / f"{stem}{job}-start{incarnation:06d}-{node_rank}.json"
         for other in folder.glob("*.json"):
             start = OF_A_START.fullmatch(other.name)
@@ -88,8 +90,12 @@ class DiscoveryEntry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Take the entry away, unless the run has failed: it was meant to live on, and somebody is to be told."""
-        if error is None:
+        """Take the entry away, unless the run has failed: it was meant to live on, and somebody is to be told.
+
+        A mistake that is found before the run begins is told to whoever starts it.
+        """
+        mistaken = isinstance(error, UserError) and error.exit_code == UserError.exit_code
+        if error is None or (mistaken and not self.run_has_begun):
             self.path.unlink(missing_ok=True)
 
 

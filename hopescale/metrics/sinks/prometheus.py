@@ -153,7 +153,7 @@ def check_endpoint(config: MetricsConfig, *, host: str | None = None) -> None:
     if config.listen == "off":
         return
     found: list[UserError] = []
-    problem = _token_problem(config)
+    problem = token_problem(config)
     if problem is not None:
         found.append(UserError(problem))
     try:
@@ -315,7 +315,7 @@ def _listen_host(config: MetricsConfig, host: str | None) -> str:
     return "127.0.0.1" if config.listen == "loopback" else host or node_address()
 
 
-def _token_problem(config: MetricsConfig) -> Problem | None:
+def token_problem(config: MetricsConfig) -> Problem | None:
     """Why the token file will not do, or None; on loopback no token is needed but a given one is used."""
     if config.token_file is None:
         if config.listen == "loopback":

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from hopescale.checkpoint.resume import CURVE_FIELDS, CURVE_SECTIONS
 from hopescale.cli import app
 from hopescale.config.schema import Config
 from hopescale.metrics.catalog import CATALOG
@@ -74,6 +75,16 @@ def test_settings_exist(page: Path) -> None:
     inside = "|".join(Config.model_fields)
     named = set(re.findall(rf"(?<![\w/.])(?:{inside})(?:\.[a-z_]+)+(?![\w./])", page.read_text()))
     assert [name for name in named if not is_setting(name)] == []
+
+
+OF_THE_ORDER = "view|select|window|frames|skip_list|action_alignment|order|order_shards|mixture|mixture_block|tail"
+FIXED = re.compile(rf"`(?:(?:{'|'.join(CURVE_SECTIONS)})\.|data\.(?:{OF_THE_ORDER})\b|{'|'.join(CURVE_FIELDS)})")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_run_folder_is_bound_to_is_changed_in_a_new_run_only(page: Path) -> None:
+    remedies = [line.strip("|\n ").split("|")[-1] for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [remedy for remedy in remedies if FIXED.search(remedy) and "new run" not in remedy] == []
 
 
 def is_setting(name: str) -> bool:

@@ -56,6 +56,33 @@ def test_a_run_is_handed_over_with_all_it_needs_in_its_folder(programs: Path, tm
     assert (tmp_path / "calls").read_text() == f"sbatch --parsable {run}/slurm/job.sbatch\n"
 
 
+def test_a_token_that_the_job_would_not_find_is_missed_before_it_waits_for_its_turn(
+    programs: Path, tmp_path: Path
+) -> None:
+    program(programs, "sbatch", "echo 42")
+    with pytest.raises(UserError, match=r"metrics\.token_file=metrics-token: must be a readable file"):
+        call(*SUBMIT, "cluster=slurm")
+    assert not (tmp_path / "calls").exists()
+    # Where the nodes have it the login node need not.
+    call(*SUBMIT, "cluster=slurm", "metrics.token_file=/etc/nodes/token")
+    (tmp_path / "metrics-token").write_text("secret")
+    call(*SUBMIT, "cluster=slurm", "run.dir=another")
+    assert (tmp_path / "calls").read_text().count("sbatch --parsable") == 2
+
+
+def test_paths_in_a_container_are_absolute(programs: Path) -> None:
+    program(programs, "sbatch", "echo 42")
+    with pytest.raises(ConfigError) as refused:
+        call(*SUBMIT, "cluster=slurm", "cluster.container=image.sqsh", "data.path=clips", "metrics.discovery=found")
+    assert [problem.field for problem in refused.value.problems] == [
+        "data.path",
+        "metrics.discovery",
+        "metrics.token_file",
+    ]
+    here = ("data.path=/data/clips", "metrics.token_file=/data/token")
+    call(*SUBMIT, "cluster=slurm", "cluster.container=image.sqsh", *here)
+
+
 def test_a_machine_without_slurm_is_told_before_a_job_is_named(programs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="slurm=sbatch: is not a program on this machine"):
         call(*SUBMIT)

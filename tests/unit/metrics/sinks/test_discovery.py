@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.errors import ConfigError, Problem
+from hopescale.errors import CheckpointError, ConfigError, Problem
 from hopescale.metrics.sinks.discovery import DiscoveryEntry, labels
+
+MISTAKE = Problem("a", 1, "is wrong", "mend it")
 
 
 def enter(
@@ -54,18 +56,23 @@ def test_an_entry_is_what_file_sd_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "stays"),
+    ("error", "has_begun", "stays"),
     [
-        (None, False),
-        (ConfigError(Problem("a", 1, "is wrong", "mend it")), True),
-        (RuntimeError("connection closed by peer"), True),
+        (None, True, False),
+        (None, False, False),
+        (ConfigError(MISTAKE), True, True),
+        (ConfigError(MISTAKE), False, False),
+        (CheckpointError(MISTAKE), False, True),
+        (RuntimeError("connection closed by peer"), False, True),
+        (RuntimeError("connection closed by peer"), True, True),
     ],
 )
-def test_what_ends_in_order_takes_its_entry_along_and_what_fails_leaves_it(
-    tmp_path: Path, error: Exception | None, stays: bool
+def test_what_ends_in_order_takes_its_entry_along_and_what_fails_leaves_it_unless_it_was_refused(
+    tmp_path: Path, error: Exception | None, has_begun: bool, stays: bool
 ) -> None:
     with suppress(type(error) if error else ValueError), enter(tmp_path) as entry:
         assert entry.path.is_file()
+        entry.run_has_begun = has_begun
         if error is not None:
             raise error
     assert entry.path.is_file() == stays
