@@ -9,9 +9,12 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hopescale import train
+from hopescale.errors import EXIT_PREEMPTED, ConfigError
 from tests.user_process import ENVIRONMENT
 
 pytestmark = pytest.mark.integration
@@ -161,3 +164,23 @@ def test_evaluation_refuses_settings_that_it_would_ignore(hopescale, tmp_path: P
     refused = hopescale("eval", str(tmp_path / "run"), "optimizer.lr=1")
     assert (refused.returncode, "override=optimizer.lr=1" in refused.stderr) == (2, True)
     assert hopescale("eval", str(tmp_path / "nothing")).returncode == 2
+
+
+@pytest.mark.requires("prometheus")
+def test_a_start_is_listed_before_it_loads_its_checkpoint_and_no_longer_once_it_is_refused(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, seen = tmp_path / "entries", list[list[Path]]()
+    settings = [*small_run, f"metrics.discovery={entries}", "metrics.tensorboard=false"]
+    assert train.main([*settings, "train.stop_after=1"]) == EXIT_PREEMPTED
+    assert not list(entries.iterdir())
+    resume = train.resume
+
+    def looked(*arguments: Any) -> Any:
+        seen.append(list(entries.iterdir()))
+        return resume(*arguments)
+
+    monkeypatch.setattr(train, "resume", looked)
+    assert train.main([*settings, "optimizer.lr=1e-7"]) == ConfigError.exit_code
+    assert [len(listed) for listed in seen] == [1]
+    assert not list(entries.iterdir())
