@@ -28,7 +28,7 @@ case ${1:-} in --help | -h)
 esac
 usage='usage: launch/torchrun.sh NUM_RANKS [--node I/N --head ADDRESS:PORT] key=value ...'
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_RANKS=${1:-}: must be a whole number above 0. $usage"
-num_ranks=$1 node=0 nodes=1 is_numbered=0 head=
+num_ranks=$1 node=0 nodes=1 head=
 shift
 while [[ ${1:-} == --* ]]; do
   [ $# -gt 1 ] || refuse "$1 needs a value. $usage"
@@ -36,7 +36,8 @@ while [[ ${1:-} == --* ]]; do
   --node)
     [[ $2 =~ ^(0|[1-9][0-9]*)/([1-9][0-9]*)$ ]] && [ "${BASH_REMATCH[1]}" -lt "${BASH_REMATCH[2]}" ] ||
       refuse "--node $2: must be I/N, of N machines the one numbered I from 0 to N-1, for example 0/2"
-    node=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[2]} is_numbered=1
+    node=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[2]}
+    [ "$nodes" != 1 ] || refuse "--node $2: one machine meets nobody: leave it away"
     ;;
   --head)
     [[ $2 =~ ^(.+):([1-9][0-9]{0,4})$ ]] && [ "${BASH_REMATCH[2]}" -lt 65536 ] ||
@@ -56,7 +57,6 @@ is_loopback() {
   ! grep -qvE '^(127\.|::1$|localhost$)' <<<"${addresses:-$1}"
 }
 if [ "$nodes" = 1 ]; then
-  [ "$is_numbered" = 0 ] || refuse "--node 0/1: one machine meets nobody: leave it away"
   [ -z "$head" ] || refuse "--head $head: --node I/N is missing: which machine of how many this is"
 else
   [ -n "$head" ] || refuse "--head is missing: $nodes machines need the address of machine 0 and a free port there"
@@ -124,13 +124,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > num_ranks ? cores / num_ran
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # The address by which the others reach this machine: its own name may lead nowhere there, or to loopback here.
 own_address() {
-  "$VENV/bin/python" - "$host" "${head##*:}" <<'PYTHON'
-import socket, sys
-family, kind, protocol, _, place = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
-with socket.socket(family, kind, protocol) as asked:
-    asked.connect(place)
-    print(asked.getsockname()[0])
-PYTHON
+  "$VENV/bin/python" -c 'import sys; from hopescale.addresses import source_address; print(source_address(sys.argv[1], 9))' "$host"
 }
 # Port 0 takes a free one.
 meeting=(--rdzv-endpoint 127.0.0.1:0)

@@ -44,22 +44,21 @@ def _has_programs_and_root(*names: str) -> Callable[[], bool]:
     return lambda: os.geteuid() == 0 and all(shutil.which(name, os.F_OK, path) is not None for name in names)
 
 
-def _has_namespaces() -> bool:
-    """Whether this process may mount file systems where nobody else sees them, and number processes anew."""
+def _succeeds(*command: str) -> bool:
     try:
-        command = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
         return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
     except FileNotFoundError:
         return False
+
+
+def _has_namespaces() -> bool:
+    """Whether this process may mount file systems where nobody else sees them, and number processes anew."""
+    return _succeeds("unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt")
 
 
 def _has_networks() -> bool:
     """Whether this process may have networks and a host name of its own."""
-    try:
-        command = ["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"]
-        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
+    return _succeeds("unshare", "--net", "--uts", "ip", "link", "set", "lo", "up")
 
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {

@@ -7,16 +7,7 @@ and so on are added.
 from __future__ import annotations
 
 from hopescale.dashboards.panel import Board, Mark, Panel, Query, Section
-from hopescale.dashboards.recipes import (
-    AGE_COLOURS,
-    GOODPUT,
-    OVER_RANKS,
-    WAITING_COLOURS,
-    by_class,
-    events,
-    over,
-    stat,
-)
+from hopescale.dashboards.recipes import AGE_COLOURS, GOODPUT, OVER_RANKS, WAITING_COLOURS, by_class, events, over, stat
 
 OVERVIEW = Board(
     dashboard="overview",

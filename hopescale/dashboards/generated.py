@@ -36,9 +36,9 @@ def panel_of(metric: Metric) -> Panel:
     return _panel(metric, metric.name, GAUGES.get(metric.unit, counted), legend=legend)
 
 
-def rate(metric: Metric, selector: str = "") -> str:
+def rate(metric: Metric) -> str:
     """A counter's rate, without a number where a resume sets it back: all that it counts would be taken for new."""
-    series = f"{metric.name}{selector}[$__rate_interval]"
+    series = f"{metric.name}[$__rate_interval]"
     return f"rate({series}) unless resets({series}) > 0" if metric.rewinds else f"rate({series})"
 
 

@@ -46,11 +46,10 @@ def events(title: str, description: str, key: str) -> Panel:
     Where a run comes back on another node, the series there begins at the old total, which is no increase of its own.
     """
     metric = by_key(key)
-    events = f"max by (cluster, run) ({metric.name})"
-    promql = f"increase(({events})[$__range:$__interval])"
+    now, before = (f"max by (cluster, run) ({metric.name}{offset})" for offset in ("", " offset $__interval"))
+    promql = f"increase(({now})[$__range:$__interval])"
     if metric.rewinds:
-        risen = f"{events} - {events.replace(metric.name, f'{metric.name} offset $__interval')}"
-        promql = f"sum_over_time(clamp_min({risen}, 0)[$__range:$__interval])"
+        promql = f"sum_over_time(clamp_min({now} - {before}, 0)[$__range:$__interval])"
     return stat(title, description, "locale", promql, ((None, "green"), (0.5, "orange")), decimals=0)
 
 

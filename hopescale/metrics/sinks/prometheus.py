@@ -24,6 +24,7 @@ import hopescale
 from data_pipeline.cache import write_bytes
 from data_pipeline.errors import MissingExtra, Problem, UserError
 from data_pipeline.stats import SharderStats
+from hopescale.addresses import source_address
 from hopescale.metrics.catalog import by_key
 from hopescale.metrics.data_metrics import SHARDER_STATS
 from hopescale.metrics.sinks.discovery import READABLE, file_stem
@@ -100,20 +101,17 @@ def node_address() -> str:
     outside = [address for address in addresses if not address.startswith("127.") and address != "::1"]
     if outside:
         return outside[0]
-    # Many machines resolve their own name to 127.0.1.1. A connected UDP socket sends nothing but has the address
-    # of the interface that the route leaves through.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError as error:
-            problem = Problem(
-                "metrics.listen",
-                "node",
-                f"the host name {name} must resolve to an address other machines can reach",
-                "repair the node's name resolution, or set metrics.listen=loopback",
-            )
-            raise UserError(problem) from error
+    # Many machines resolve their own name to 127.0.1.1.
+    try:
+        return source_address("192.0.2.1", 9)
+    except OSError as error:
+        problem = Problem(
+            "metrics.listen",
+            "node",
+            f"the host name {name} must resolve to an address other machines can reach",
+            "repair the node's name resolution, or set metrics.listen=loopback",
+        )
+        raise UserError(problem) from error
 
 
 def check_port(host: str, port: int) -> None:
